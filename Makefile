@@ -1,0 +1,48 @@
+PYTHON ?= python3
+SHELL := /bin/bash
+BIN := .venv/bin
+ROOMS := $(wildcard server kernels models training)
+
+.PHONY: install serve test test-slow check wheel clean typecheck-links
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv; the first time takes a few minutes"
+	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+	    -c constraints.txt -e '.[dev,train]' \
+	    | awk '/(Downloading|Using cached) / && !/metadata/ { print; fflush() }'
+	@touch $@
+
+serve: .venv/.installed
+	$(BIN)/rae serve $(ARGS)
+
+# `python -m pytest` would put this folder, and so a namespace package `models`, on sys.path.
+test: .venv/.installed
+	$(BIN)/pytest $(ARGS)
+
+test-slow: .venv/.installed
+	$(BIN)/pytest -m slow $(ARGS)
+
+check: .venv/.installed typecheck-links
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# An editable install maps `rae` by an import hook, which a type checker cannot follow.
+typecheck-links:
+	@mkdir -p .typecheck/rae
+	@for room in $(ROOMS); do ln -sfn ../../$$room .typecheck/rae/$$room; done
+
+# A stale build folder would ship modules that were deleted since.
+wheel: .venv/.installed
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation -q -w dist .
+	rm -rf build
+	@ls dist/*.whl
+
+clean:
+	rm -rf build dist *.egg-info .typecheck .pytest_cache .ruff_cache .hypothesis
+	find $(ROOMS) $(wildcard tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
