@@ -1,0 +1,214 @@
+"""Compare this implementation with recorded numbers of the published one, in fp32 on the CPU.
+
+    python benchmarks/parity.py DIR
+
+DIR holds file sets NAME.model.safetensors + NAME.io.safetensors (+ NAME.guide.safetensors), time
+grids, training-time quantiles and manifests.json; tests/golden is such a folder. One line per
+output; exits 1 when an error is above its bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from rae.models.checkpoint import load_strictly, read_tensors
+from rae.models.config import DecoderConfig, DiTDHConfig
+from rae.models.decoder import Decoder
+from rae.models.dit_dh import DiTDH
+from rae.models.rae import RAE
+from rae.models.sampling import (
+    Guidance,
+    default_shift,
+    denoise,
+    guided_velocity,
+    shift_time,
+    timesteps,
+)
+from rae.training.losses import interpolate, logit_normal_quantile, velocity_loss
+
+FORWARD_BOUND = 1e-5
+TRAJECTORY_BOUND = 1e-4
+# The recorded quantiles are those of a random draw, off the exact ones by 2e-3 themselves; a
+# wrong distribution (uniform, or no shift) is off by more than 3e-2.
+DRAW_BOUND = 5e-3
+OUTPUT = re.compile(
+    r"(?P<kind>v|euler|heun2|midpoint)"
+    r"(?:_(?P<null>null)|_(?P<final>final)|_step(?P<step>\d+))?"
+    r"(?:_(?P<method>cfg|autoguidance)_(?P<scale>[\d.]+))?"
+    r"(?P<interval>_interval(?:_(?P<low>[\d.]+)_(?P<high>[\d.]+))?)?"
+)
+INPUTS = {"x", "t", "y", "data", "shift", "num_steps", "cfg_interval"}
+
+
+class Result(NamedTuple):
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound  # False for NaN
+
+
+def relative_error(output: Tensor, reference: Tensor) -> float:
+    """‖output − reference‖ / ‖reference‖; infinite for another shape."""
+    if output.shape != reference.shape:
+        return float("inf")
+    reference = reference.double()
+    return float((output.double() - reference).norm() / reference.norm().clamp(min=1e-30))
+
+
+def check_folder(folder: Path) -> Iterator[Result]:
+    """Every comparison of a folder. Raises ValueError for a file that is not understood."""
+    for path in sorted(folder.iterdir()):
+        if path.name == "manifests.json":
+            yield from check_manifests(json.loads(path.read_text()))
+        elif path.name.endswith((".model.safetensors", ".guide.safetensors")):
+            stem = path.name.rsplit(".", 2)[0]
+            if not (folder / f"{stem}.io.safetensors").exists():
+                raise ValueError(f"{path.name} has no {stem}.io.safetensors beside it")
+        elif path.suffix == ".safetensors":
+            yield from check_file(path)
+
+
+def check_file(path: Path) -> Iterator[Result]:
+    tensors = read_tensors(path)
+    stem = path.name.removesuffix(".safetensors").removesuffix(".io")
+    if {"x", "t", "y"} <= tensors.keys():
+        yield from check_dit_dh(path, stem, tensors)
+    elif {"z", "image"} <= tensors.keys():
+        yield from check_decoder(path, stem, tensors)
+    elif {"q", "t", "t_shifted", "shift"} <= tensors.keys():
+        yield from check_training_times(stem, tensors)
+    elif all(re.fullmatch(r"\d+_\d+", key) for key in tensors):
+        for key, grid in tensors.items():
+            pixels, num_steps = map(int, key.split("_"))
+            shift = default_shift((768, pixels // 16, pixels // 16))
+            error = relative_error(timesteps(num_steps, shift), grid)
+            yield Result(f"{stem} {key}", error, FORWARD_BOUND)
+    else:
+        raise ValueError(f"{path.name}: unknown contents {sorted(tensors)}")
+
+
+def check_dit_dh(path: Path, stem: str, io: dict[str, Tensor]) -> Iterator[Result]:
+    model = load_dit_dh(path.with_name(f"{stem}.model.safetensors"))
+    guide_path = path.with_name(f"{stem}.guide.safetensors")
+    guide = load_dit_dh(guide_path) if guide_path.exists() else None
+    null_label = model.config.null_label if model.config.has_null_label else None
+    grid = timesteps(int(io["num_steps"]), float(io["shift"]))
+    yield Result(f"{stem} grid", relative_error(grid, io["grid"]), FORWARD_BOUND)
+    x, t, y = io["x"], io["t"], io["y"]
+    for key in sorted(io.keys() - INPUTS - {"grid"}):
+        match = OUTPUT.fullmatch(key)
+        if key == "train_xt":
+            output, bound = interpolate(io["data"], x, t), FORWARD_BOUND
+        elif key == "train_loss":
+            with torch.no_grad():
+                output, bound = velocity_loss(model, io["data"], x, t, y), FORWARD_BOUND
+        elif match is None:
+            raise ValueError(f"{path.name}: unknown output {key!r}")
+        else:
+            guidance = read_guidance(match, io)
+            options: dict[str, Any] = {"null_label": null_label, "guide": guide}
+            if match["kind"] == "v":
+                labels = torch.full_like(y, model.config.null_label) if match["null"] else y
+                with torch.no_grad():
+                    output = guided_velocity(model, x, t, labels, guidance, **options)
+                bound = FORWARD_BOUND
+            else:
+                points = grid[: int(match["step"]) + 1] if match["step"] else grid
+                options |= {"solver": match["kind"], "guidance": guidance}
+                output, bound = denoise(model, x, y, points, **options), TRAJECTORY_BOUND
+        yield Result(f"{stem} {key}", relative_error(output, io[key]), bound)
+
+
+def read_guidance(match: re.Match[str], io: dict[str, Tensor]) -> Guidance:
+    low, high = 0.0, 1.0
+    if match["low"]:
+        low, high = float(match["low"]), float(match["high"])
+    elif match["interval"]:
+        low, high = io["cfg_interval"].tolist()
+    method: Any = match["method"] or "cfg"
+    return Guidance(float(match["scale"] or 1), (low, high), method)
+
+
+def load_dit_dh(path: Path) -> DiTDH:
+    with torch.device("meta"):
+        model = DiTDH(DiTDHConfig.from_published(metadata(path)))
+    load_strictly(model, read_tensors(path), path)
+    return model
+
+
+def check_decoder(path: Path, stem: str, io: dict[str, Tensor]) -> Iterator[Result]:
+    model_path = path.with_name(f"{stem}.model.safetensors")
+    config = DecoderConfig.from_published(metadata(model_path))
+    mean, std = io["encoder_mean"].flatten().tolist(), io["encoder_std"].flatten().tolist()
+    rae = RAE(config, image_mean=mean, image_std=std)
+    load_strictly(rae.decoder, read_tensors(model_path), model_path)
+    rae.latents_mean, rae.latents_var = io.get("latent_mean"), io["latent_var"]
+    rae.eps = io["eps"]
+    with torch.no_grad():
+        error = relative_error(rae.decode(io["z"]), io["image"])
+    yield Result(f"{stem} image", error, FORWARD_BOUND)
+
+
+def check_training_times(stem: str, io: dict[str, Tensor]) -> Iterator[Result]:
+    shift = float(io["shift"])
+    tau = logit_normal_quantile(io["q"])
+    middles = (torch.arange(100_000) + 0.5) / 100_000
+    mean = shift_time(logit_normal_quantile(middles), shift).mean()
+    yield Result(f"{stem} t", relative_error(tau, io["t"]), DRAW_BOUND)
+    error = relative_error(shift_time(tau, shift), io["t_shifted"])
+    yield Result(f"{stem} t_shifted", error, DRAW_BOUND)
+    error = relative_error(mean, io["mean_shifted"])
+    yield Result(f"{stem} mean_shifted", error, DRAW_BOUND)
+
+
+def check_manifests(manifests: dict[str, Any]) -> Iterator[Result]:
+    """Names and shapes of the real models, on the meta device: no memory."""
+    for name, manifest in manifests.items():
+        config = manifest["config"]
+        with torch.device("meta"):
+            if "latent_channels" in config:
+                model = Decoder(DecoderConfig(**config))
+            else:
+                model = DiTDH(DiTDHConfig.from_published(config))
+        ours = {key: list(value.shape) for key, value in model.state_dict().items()}
+        theirs: dict[str, list[int]] = manifest["tensors"]
+        different = sum(ours.get(key) != theirs.get(key) for key in ours.keys() | theirs.keys())
+        yield Result(f"manifest {name}", float(different), 0.0)
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """The configuration in a safetensors file's metadata."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["config"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path, help="a folder of the golden format")
+    folder = parser.parse_args().folder
+    results: list[Result] = []
+    for result in check_folder(folder):
+        results.append(result)
+        verdict = "ok" if result.passed else "FAILED"
+        line = f"{result.name:<48} {result.error:9.2e}  bound {result.bound:7.1e}  {verdict}"
+        sys.stdout.write(line + "\n")
+    failed = sum(not result.passed for result in results)
+    sys.stdout.write(f"{len(results)} outputs compared, {failed} above their bound\n")
+    return 1 if failed or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""Frozen pretrained encoders, run by transformers: DINOv2 with registers, SigLIP2, MAE.
+
+What an RAE takes from each is read from github bytetriper/RAE, `src/stage1/encoders`: the last
+layer's patch tokens after the final LayerNorm without its affine part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+EncoderKind = Literal["dinov2", "siglip2", "mae"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """`image_size` is what the encoder sees: 224 for DINOv2/14 where the decoder makes 256."""
+
+    kind: EncoderKind
+    image_size: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(EncoderKind):
+            raise ValueError(f"encoder kind {self.kind!r}; known: {', '.join(get_args(EncoderKind))}")
+
+
+class Encoder(nn.Module):
+    """Normalised pixels (B, 3, S, S) to tokens (B, N, C)."""
+
+    def __init__(self, config: EncoderConfig, backbone: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        name = "post_layernorm" if config.kind == "siglip2" else "layernorm"
+        norm: Any = getattr(backbone, name)
+        plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+        setattr(backbone, name, plain)
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        backbone: Any = self.backbone
+        match self.config.kind:
+            case "dinov2":
+                skipped = 1 + backbone.config.num_register_tokens
+                return backbone(pixels).last_hidden_state[:, skipped:]
+            case "siglip2":
+                return backbone(pixels, interpolate_pos_encoding=True).last_hidden_state
+            case "mae":
+                num_tokens = (pixels.shape[-1] // backbone.config.patch_size) ** 2
+                # Rising noise and a mask ratio of 0 keep every token, in order.
+                order = torch.arange(num_tokens, device=pixels.device, dtype=pixels.dtype)
+                order = order.expand(len(pixels), -1)
+                output = backbone(pixels, noise=order, interpolate_pos_encoding=True)
+                return output.last_hidden_state[:, 1:]
+
+
+def load_encoder(config: EncoderConfig, folder: Path) -> Encoder:
+    """From a local transformers folder. Raises ImportError that names the extra to install."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("encoders need transformers: pip install 'rae-server[train]'") from error
+    match config.kind:
+        case "dinov2":
+            model = transformers.Dinov2WithRegistersModel.from_pretrained(folder)
+        case "siglip2":
+            model = transformers.SiglipVisionModel.from_pretrained(folder)
+            # Before transformers 5 the tower sat one attribute deeper.
+            model = getattr(model, "vision_model", model)
+        case "mae":
+            model = transformers.ViTMAEModel.from_pretrained(folder, mask_ratio=0.0)
+    return Encoder(config, model)

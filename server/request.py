@@ -1,0 +1,72 @@
+"""What was asked for, on its way through the engine. No tensors, no HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """One image, all defaults filled in: the same spec gives the same pixels.
+
+    `class_label` may be the null label; `steps` are grid points; `cfg` 1 is off; the closed
+    `guidance_interval` is in shifted time.
+    """
+
+    class_label: int
+    seed: int
+    steps: int
+    cfg: float = 1.0
+    guidance_method: str = "cfg"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def num_evaluations(self) -> int:
+        return self.steps - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """The images of one request, (H, W, 3) uint8 each, and where the time went."""
+
+    images: Sequence[np.ndarray]
+    queue_s: float
+    denoise_s: float
+    decode_s: float
+
+
+@dataclass(eq=False)
+class Sample:
+    """One image of a request: waiting without a slot, running with one."""
+
+    spec: ImageSpec
+    request: Request
+    branches: Sequence[float]
+    """Cost of the second branch at each evaluation: 0 where guidance is off."""
+    slot: int | None = None
+    step: int = 0
+    image: np.ndarray | None = None
+
+    @property
+    def remaining_cost(self) -> float:
+        """In evaluations of the model for one row."""
+        return len(self.branches) - self.step + sum(self.branches[self.step :])
+
+
+@dataclass(eq=False)
+class Request:
+    """The future exists before the work is queued, and is always resolved."""
+
+    id: str
+    future: Future[Generated] = field(default_factory=Future)
+    samples: list[Sample] = field(default_factory=list)
+    submitted_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    denoised_at: float | None = None

@@ -1,0 +1,80 @@
+"""Fixtures shared by the four folders' tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rae.models.checkpoint import CheckpointConfig, SamplerDefaults, save_checkpoint
+from rae.models.config import DecoderConfig, DiTDHConfig
+from rae.models.dit_dh import DiTDH
+from rae.models.rae import RAE
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def random_model(config: DiTDHConfig, seed: int) -> DiTDH:
+    """A DiT^DH whose every part matters: the zero initialisation would hide half of it."""
+    torch.manual_seed(seed)
+    model = DiTDH(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def write_tiny_checkpoint(folder: Path) -> Path:
+    """Four classes, 16 tokens of 8 channels, 16 px images, and a guide; random weights."""
+    dit_dh = DiTDHConfig(
+        latent_channels=8,
+        latent_size=4,
+        hidden_size=32,
+        depth=2,
+        num_heads=4,
+        head_hidden_size=48,
+        head_depth=1,
+        head_num_heads=4,
+        num_classes=4,
+    )
+    guide = DiTDHConfig(
+        latent_channels=8,
+        latent_size=4,
+        hidden_size=16,
+        depth=1,
+        num_heads=2,
+        head_hidden_size=32,
+        head_depth=1,
+        head_num_heads=2,
+        num_classes=4,
+    )
+    decoder = DecoderConfig(
+        latent_channels=8,
+        hidden_size=32,
+        depth=1,
+        num_heads=2,
+        intermediate_size=64,
+        patch_size=4,
+        grid=4,
+    )
+    config = CheckpointConfig(
+        name="tiny",
+        dit_dh=dit_dh,
+        guide=guide,
+        decoder=decoder,
+        classes=("zero", "one", "two", "three"),
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        shift=1.5,
+        defaults=SamplerDefaults(steps=10, cfg=1.5),
+        license="MIT",
+    )
+    torch.manual_seed(0)
+    rae = RAE(decoder, image_mean=config.image_mean, image_std=config.image_std)
+    save_checkpoint(folder, config, random_model(dit_dh, 1), rae, random_model(guide, 2))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
