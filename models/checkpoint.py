@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rae.models.config import DecoderConfig, DiTDHConfig, from_dict
+from rae.models.config import DecoderConfig, DiTDHConfig, GuidanceMethod, from_dict
 from rae.models.dit_dh import DiTDH
 from rae.models.encoder import EncoderConfig, load_encoder
 from rae.models.rae import RAE
@@ -41,14 +41,14 @@ class SamplerDefaults:
 
     steps: int = 50
     cfg: float = 1.0
-    guidance_method: str = "cfg"
+    guidance_method: GuidanceMethod = "cfg"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
         if self.steps < 2:
             raise ValueError(f"steps {self.steps}: a grid has at least 2 points")
-        Guidance(self.cfg, self.guidance_interval, self.guidance_method)  # type: ignore[arg-type]
+        Guidance(self.cfg, self.guidance_interval, self.guidance_method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +75,15 @@ class CheckpointConfig:
             raise ValueError(
                 f"{len(self.classes)} class names for num_classes {self.dit_dh.num_classes}"
             )
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != 3:
+                raise ValueError(f"{name} {getattr(self, name)} does not have 3 channels")
         if not self.shift > 0:
             raise ValueError(f"shift {self.shift} is not a positive number")
         decoder_shape = (self.decoder.latent_channels, self.decoder.grid, self.decoder.grid)
         if self.dit_dh.latent_shape != decoder_shape:
             raise ValueError(
-                f"latents of dit_dh {self.dit_dh.latent_shape} and of decoder {decoder_shape} differ"
+                f"latents: {self.dit_dh.latent_shape} of dit_dh, {decoder_shape} of decoder"
             )
         if self.guide is not None and (
             self.guide.latent_shape != self.dit_dh.latent_shape
@@ -97,7 +100,7 @@ class CheckpointConfig:
         version = values.pop("format_version", None)
         if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
-                f"format_version {version!r}; this version of rae-server reads 1 to {FORMAT_VERSION}"
+                f"format_version {version!r}; this rae-server reads 1 to {FORMAT_VERSION}"
             )
         parts = {
             "dit_dh": DiTDHConfig,
@@ -110,7 +113,8 @@ class CheckpointConfig:
             if values.get(key) is not None:
                 values[key] = from_dict(part, values[key])
         for key in ("classes", "image_mean", "image_std"):
-            values[key] = tuple(values.get(key, ()))
+            if key in values:
+                values[key] = tuple(values[key])
         return from_dict(cls, values)
 
     def to_json(self) -> str:
@@ -134,7 +138,9 @@ def read_config(folder: Path) -> tuple[CheckpointConfig, str]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{folder} is not a checkpoint folder: no readable config.json") from error
+        raise CheckpointError(
+            f"{folder} is not a checkpoint folder: no readable config.json"
+        ) from error
     try:
         return CheckpointConfig.from_json(data.decode()), hashlib.sha256(data).hexdigest()
     except (ValueError, TypeError) as error:
@@ -193,9 +199,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, memory-mapped. Raises CheckpointError."""
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is missing, truncated or not safetensors: {error}") from error
+        raise CheckpointError(
+            f"{path} is missing, truncated or not safetensors: {error}"
+        ) from error
 
 
 def _load_rae(config: CheckpointConfig, folder: Path) -> RAE:
@@ -218,7 +226,9 @@ def _load_rae(config: CheckpointConfig, folder: Path) -> RAE:
             # Statistics may be per channel: whatever broadcasts to the latents' shape.
             value = value.float().broadcast_to(shape)
         except RuntimeError as error:
-            raise CheckpointError(f"{path}: {key} {tuple(value.shape)} for {tuple(shape)}") from error
+            raise CheckpointError(
+                f"{path}: {key} {tuple(value.shape)} for {tuple(shape)}"
+            ) from error
         setattr(rae, key, value)
     load_strictly(rae.decoder, tensors, path)
     return rae.eval().requires_grad_(False)
@@ -232,8 +242,12 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     """Assign `tensors` to a (meta-device) model. Raises CheckpointError that lists every
     missing, unexpected and misshapen tensor; `path` is for the message."""
     expected = model.state_dict()
-    problems = [f"missing {key} {list(expected[key].shape)}" for key in expected if key not in tensors]
-    problems += [f"unexpected {key} {list(tensors[key].shape)}" for key in tensors if key not in expected]
+    problems = [
+        f"missing {key} {list(expected[key].shape)}" for key in expected if key not in tensors
+    ]
+    problems += [
+        f"unexpected {key} {list(tensors[key].shape)}" for key in tensors if key not in expected
+    ]
     problems += [
         f"{key} is {list(value.shape)}, expected {list(expected[key].shape)}"
         for key, value in tensors.items()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
+
+GuidanceMethod = Literal["cfg", "autoguidance"]
 
 T = TypeVar("T")
 
@@ -43,7 +45,10 @@ class DiTDHConfig:
             _require_positive(name, getattr(self, name))
             _require_positive(f"head_{name}", getattr(self, f"head_{name}"))
         for prefix in ("", "head_"):
-            width, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_heads")
+            width, heads = (
+                getattr(self, f"{prefix}hidden_size"),
+                getattr(self, f"{prefix}num_heads"),
+            )
             if width % heads or (width // heads) % 4:
                 raise ValueError(
                     f"{prefix}hidden_size {width} must be {prefix}num_heads {heads} times "
@@ -150,7 +155,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _known(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    allowed = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    allowed = [field.name for field in fields(cls)]
     for key in values:
         if key not in allowed:
             raise ValueError(f"unknown key {key!r} for {cls.__name__}; known: {', '.join(allowed)}")

@@ -20,6 +20,12 @@ from rae.models.layers import (
     modulate,
 )
 
+NORMAL_INIT = (
+    "y_embedder.embedding_table.weight",
+    "t_embedder.mlp.0.weight",
+    "t_embedder.mlp.2.weight",
+)
+
 
 class Block(nn.Module):
     """A transformer block with adaLN: one modulation per sample (backbone) or per token (head)."""
@@ -80,13 +86,11 @@ class DiTDH(nn.Module):
         for embedder in (self.x_embedder, self.s_embedder):
             nn.init.xavier_uniform_(embedder.proj.weight.data.flatten(1))
             nn.init.zeros_(embedder.proj.bias)  # type: ignore[arg-type]
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for index in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02)
-        zeroed = [layer.adaLN_modulation[1] for layer in (*self.blocks, self.final_layer)]
-        for layer in (*zeroed, self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
+                nn.init.zeros_(parameter)
+            elif name in NORMAL_INIT:
+                nn.init.normal_(parameter, std=0.02)
 
     def forward(self, latents: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
         """Velocity at time t.

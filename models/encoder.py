@@ -25,7 +25,9 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(EncoderKind):
-            raise ValueError(f"encoder kind {self.kind!r}; known: {', '.join(get_args(EncoderKind))}")
+            raise ValueError(
+                f"encoder kind {self.kind!r}; known: {', '.join(get_args(EncoderKind))}"
+            )
 
 
 class Encoder(nn.Module):

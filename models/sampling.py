@@ -15,11 +15,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from rae.models.config import GuidanceMethod
+
 VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(latents (B, C, H, W), t (B,), class_labels (B,)) -> velocity (B, C, H, W)."""
 
 Solver = Literal["euler", "heun2", "midpoint"]
-GuidanceMethod = Literal["cfg", "autoguidance"]
 
 SHIFT_BASE = 4096
 TAU_END = 0.001

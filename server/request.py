@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from rae.models.config import GuidanceMethod
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -24,7 +26,7 @@ class ImageSpec:
     seed: int
     steps: int
     cfg: float = 1.0
-    guidance_method: str = "cfg"
+    guidance_method: GuidanceMethod = "cfg"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     @property
@@ -34,7 +36,7 @@ class ImageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """The images of one request, (H, W, 3) uint8 each, and where the time went."""
+    """The images of one request, (H, W, 3) uint8 each, and where the time went, in seconds."""
 
     images: Sequence[np.ndarray]
     queue_s: float
@@ -48,25 +50,33 @@ class Sample:
 
     spec: ImageSpec
     request: Request
-    branches: Sequence[float]
-    """Cost of the second branch at each evaluation: 0 where guidance is off."""
-    slot: int | None = None
+    costs: Sequence[float]
+    """Cost of what remains before each evaluation, in rows of the model: falls to 0 at the end."""
+    slot: int = -1
     step: int = 0
     image: np.ndarray | None = None
 
     @property
     def remaining_cost(self) -> float:
-        """In evaluations of the model for one row."""
-        return len(self.branches) - self.step + sum(self.branches[self.step :])
+        return self.costs[self.step]
+
+    @property
+    def denoised(self) -> bool:
+        return self.step == self.spec.num_evaluations
 
 
 @dataclass(eq=False)
 class Request:
-    """The future exists before the work is queued, and is always resolved."""
+    """The future exists before the work is queued, and is always resolved; cancelling it is how
+    a request is cancelled. Times are of the monotonic clock."""
 
     id: str
-    future: Future[Generated] = field(default_factory=Future)
     samples: list[Sample] = field(default_factory=list)
+    future: Future[Generated] = field(default_factory=Future)
     submitted_at: float = field(default_factory=time.monotonic)
-    started_at: float | None = None
-    denoised_at: float | None = None
+    started_at: float = 0.0
+    num_running: int = 0
+
+    @property
+    def done(self) -> bool:
+        return all(sample.image is not None for sample in self.samples)

@@ -1,0 +1,185 @@
+"""The loop: admit, evaluate one step for every running image, decode what is done."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rae.models.checkpoint import Checkpoint
+from rae.server.errors import EngineClosedError, QueueFullError
+from rae.server.request import Generated, ImageSpec, Request, Sample
+from rae.server.runner import Runner, resolve_device, resolve_precision
+from rae.server.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from rae.server.metrics import Metrics
+    from rae.server.settings import EngineSettings
+
+log = logging.getLogger(__name__)
+
+RATE_WEIGHT = 0.1
+
+
+class Engine:
+    """Runs requests on one device, in a thread of its own. `submit` may be called from any.
+
+    Raises ValueError for a device or precision that this machine does not have.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: EngineSettings, metrics: Metrics) -> None:
+        device = resolve_device(settings.device)
+        precision = resolve_precision(settings.precision, device)
+        self.device = device.type
+        self.precision = "bf16" if precision.itemsize == 2 else "fp32"
+        self.max_queue = settings.max_queue
+        self.ready = False
+        self._metrics = metrics
+        self._runner = Runner(checkpoint, device, precision, settings.max_batch)
+        self._scheduler = Scheduler(settings.max_batch)
+        self._num_slots = settings.max_batch
+        self._wake = threading.Condition()
+        self._closing = False
+        self._rate = 0.0  # cost per second, smoothed
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    @property
+    def waiting(self) -> int:
+        return self._scheduler.num_waiting
+
+    @property
+    def running(self) -> int:
+        return len(self._scheduler.running)
+
+    @property
+    def queued_cost(self) -> float:
+        """Rows of the model still to evaluate, for everything accepted."""
+        with self._wake:
+            return self._scheduler.cost
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the step in progress; what is left fails with EngineClosedError."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, specs: Sequence[ImageSpec], request_id: str) -> Request:
+        """Queue the images of one request; cancel it by cancelling its future.
+
+        Raises QueueFullError when the bound on queued cost would be passed (an idle engine takes
+        anything), EngineClosedError after `close`.
+        """
+        request = Request(request_id)
+        request.samples = [Sample(spec, request, self._runner.plan(spec).costs) for spec in specs]
+        cost = sum(sample.remaining_cost for sample in request.samples)
+        with self._wake:
+            if self._closing:
+                raise EngineClosedError
+            queued = self._scheduler.cost
+            if queued and queued + cost > self.max_queue:
+                excess = queued + cost - self.max_queue
+                raise QueueFullError(self._seconds(min(excess, queued)), queued, self.max_queue)
+            self._scheduler.add(request)
+            self._wake.notify()
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Its slots are free before the next step; nobody else is touched."""
+        request.future.cancel()
+
+    def step(self) -> None:
+        """One evaluation for every running image."""
+        with self._wake:
+            self._scheduler.drop_cancelled()
+            admitted = self._scheduler.admit()
+            running = list(self._scheduler.running.values())
+        self._start(admitted)
+        if not running:
+            return
+        cost = sum(sample.remaining_cost for sample in running)
+        started = time.monotonic()
+        self._runner.step([(sample.slot, sample.step) for sample in running])
+        with self._wake:
+            denoised = self._scheduler.advance()
+        cost -= sum(sample.remaining_cost for sample in running)
+        self._observe(cost, time.monotonic() - started)
+        self._deliver([sample for sample in denoised if not sample.request.future.cancelled()])
+
+    def _start(self, samples: Sequence[Sample]) -> None:
+        now = time.monotonic()
+        for sample in samples:
+            self._runner.start(sample.slot, sample.spec)
+            if not sample.request.started_at:
+                sample.request.started_at = now
+                self._metrics.queue_seconds.observe(now - sample.request.submitted_at)
+
+    def _deliver(self, denoised: Sequence[Sample]) -> None:
+        if not denoised:
+            return
+        started = time.monotonic()
+        images = self._runner.decode([sample.slot for sample in denoised])
+        now = time.monotonic()
+        self._metrics.decode_seconds.observe(now - started)
+        for sample, image in zip(denoised, images, strict=True):
+            sample.image = image
+        for request in dict.fromkeys(sample.request for sample in denoised):
+            # False for a request that was cancelled during its last step.
+            if request.done and request.future.set_running_or_notify_cancel():
+                generated = Generated(
+                    images=[s.image for s in request.samples if s.image is not None],
+                    queue_s=request.started_at - request.submitted_at,
+                    denoise_s=started - request.started_at,
+                    decode_s=now - started,
+                )
+                request.future.set_result(generated)
+                self._metrics.images.inc(len(request.samples))
+
+    def _loop(self) -> None:
+        self._warm_up()
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing or self._scheduler.has_work)
+                if self._closing:
+                    break
+            try:
+                self.step()
+            except Exception as error:  # e.g. out of memory: who ran gets it, the loop goes on
+                log.exception("a step failed")
+                self._fail(error, {s.request for s in self._scheduler.running.values()})
+        self._fail(EngineClosedError(), self._scheduler.requests)
+
+    def _warm_up(self) -> None:
+        """Run the largest batch once, so that the first request finds everything loaded."""
+        spec = ImageSpec(class_label=0, seed=0, steps=3)
+        slots = range(self._num_slots)
+        for slot in slots:
+            self._runner.start(slot, spec)
+        for step in range(spec.num_evaluations):
+            started = time.monotonic()
+            self._runner.step([(slot, step) for slot in slots])
+            self._rate = self._num_slots / (time.monotonic() - started)
+        self._runner.decode(slots)
+        self.ready = True
+
+    def _fail(self, error: BaseException, requests: set[Request]) -> None:
+        with self._wake:
+            for request in requests:
+                self._scheduler.remove(request)
+        for request in requests:
+            if request.future.set_running_or_notify_cancel():
+                request.future.set_exception(error)
+
+    def _observe(self, cost: float, seconds: float) -> None:
+        self._rate += RATE_WEIGHT * (cost / seconds - self._rate)
+        self._metrics.step_seconds.observe(seconds)
+        self._metrics.rows_evaluated.inc(cost)
+
+    def _seconds(self, cost: float) -> float:
+        return max(1.0, cost / self._rate) if self._rate else 1.0

@@ -1,0 +1,163 @@
+"""Tensors on one device: slots, rows, decode. Knows nothing of requests that wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rae.models.checkpoint import Checkpoint
+from rae.models.config import GuidanceMethod
+from rae.models.sampling import Guidance, draw_noise, timesteps, to_uint8
+from rae.server.request import ImageSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The grid of one image, and at which evaluations it has a second, weaker branch."""
+
+    grid: Tensor
+    guidance: Guidance
+    guided: tuple[bool, ...]
+    costs: tuple[float, ...]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The first of cuda, mps, cpu that is there for "auto". ValueError for one that is not."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(device for device, there in available.items() if there))
+    if name not in available:
+        raise ValueError(f"device {name!r} is not one of auto, {', '.join(available)}")
+    if not available[name]:
+        usable = ", ".join(device for device, there in available.items() if there)
+        raise ValueError(f"device {name!r} is not available on this machine; available: {usable}")
+    return torch.device(name)
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """bf16 on CUDA, else fp32 for "auto". Raises ValueError for another name."""
+    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    if name not in precisions:
+        raise ValueError(f"precision {name!r} is not one of auto, {', '.join(precisions)}")
+    return precisions[name]
+
+
+def store_matmuls(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep matmul weights in `dtype`; under autocast fp32 ones would be cast at every call."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+
+
+class Runner:
+    """One image per slot, in fp32. A row is one evaluation of the model for one slot: with CFG a
+    guided slot takes a second row of the model, with AutoGuidance one of the guide."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, precision: torch.dtype, num_slots: int
+    ) -> None:
+        config = checkpoint.config
+        self.config = config
+        self.device = device
+        self.precision = precision
+        self.dit_dh = checkpoint.dit_dh.to(device)
+        self.guide = checkpoint.guide.to(device) if checkpoint.guide else None
+        self.rae = checkpoint.rae.to(device)
+        for model in (self.dit_dh, self.guide, self.rae):
+            if model is not None:
+                store_matmuls(model, precision)
+        self.latents = torch.zeros(num_slots, *config.dit_dh.latent_shape, device=device)
+        self._slots: dict[int, tuple[ImageSpec, Plan]] = {}
+        self._guide_cost = _num_parameters(self.guide) / _num_parameters(self.dit_dh)
+        self._cached_plan = lru_cache(maxsize=1024)(self._make_plan)
+
+    def plan(self, spec: ImageSpec) -> Plan:
+        """The plan of an image; the null label has no use for CFG, whose branches would agree."""
+        is_null = spec.class_label == self.config.dit_dh.null_label
+        off = spec.guidance_method == "cfg" and is_null
+        return self._cached_plan(
+            spec.steps, 1.0 if off else spec.cfg, spec.guidance_interval, spec.guidance_method
+        )
+
+    def _make_plan(
+        self, steps: int, cfg: float, interval: tuple[float, float], method: GuidanceMethod
+    ) -> Plan:
+        grid = timesteps(steps, self.config.shift)
+        guidance = Guidance(cfg, interval, method)
+        guided = tuple(guidance.active(grid[:-1]).tolist())
+        second = self._guide_cost if method == "autoguidance" else 1.0
+        falling = accumulate((1 + second * flag for flag in reversed(guided)), initial=0.0)
+        return Plan(grid, guidance, guided, tuple(falling)[::-1])
+
+    def start(self, slot: int, spec: ImageSpec) -> None:
+        """Put an image's noise into a slot."""
+        self.latents[slot] = draw_noise(self.config.dit_dh.latent_shape, [spec.seed])[0]
+        self._slots[slot] = (spec, self.plan(spec))
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[tuple[int, int]]) -> None:
+        """One evaluation and Euler update for each (slot, step) of `rows`; slots are distinct."""
+        slots = torch.tensor([slot for slot, _ in rows], device=self.device)
+        specs, plans = zip(*(self._slots[slot] for slot, _ in rows), strict=True)
+        ends = torch.stack([p.grid[i : i + 2] for p, (_, i) in zip(plans, rows, strict=True)])
+        t, t_next = ends.to(self.device).unbind(1)
+        labels = torch.tensor([spec.class_label for spec in specs], device=self.device)
+        scales = torch.tensor([plan.guidance.scale for plan in plans], device=self.device)
+        guided = [
+            p.guidance.method if p.guided[i] else "" for p, (_, i) in zip(plans, rows, strict=True)
+        ]
+        latents = self.latents[slots]
+        velocity = self._guided_velocity(latents, t, labels, scales.float(), guided)
+        dt = (t_next - t).view(-1, 1, 1, 1)
+        self.latents[slots] = latents + dt * velocity
+
+    def _guided_velocity(
+        self, latents: Tensor, t: Tensor, labels: Tensor, scales: Tensor, guided: list[str]
+    ) -> Tensor:
+        """`sampling.guided_velocity` with one evaluation of the model for all rows; fp32."""
+        num_rows, null_label = len(guided), self.config.dit_dh.null_label
+        cfg, auto = (self._indices(guided, method) for method in ("cfg", "autoguidance"))
+        with torch.autocast(self.device.type, self.precision, enabled=self.autocasts):
+            velocity = self.dit_dh(
+                torch.cat([latents, latents[cfg]]),
+                torch.cat([t, t[cfg]]),
+                torch.cat([labels, torch.full_like(cfg, null_label)]),
+            ).float()
+            velocity, weak = velocity[:num_rows], velocity[num_rows:]
+            if self.guide is not None and len(auto):
+                weak = torch.cat([weak, self.guide(latents[auto], t[auto], labels[auto]).float()])
+        pairs = torch.cat([cfg, auto])
+        scales = scales[pairs].view(-1, 1, 1, 1)
+        return velocity.index_copy(0, pairs, weak + scales * (velocity[pairs] - weak))
+
+    @property
+    def autocasts(self) -> bool:
+        return self.precision != torch.float32
+
+    def _indices(self, guided: list[str], method: str) -> Tensor:
+        indices = [row for row, name in enumerate(guided) if name == method]
+        return torch.tensor(indices, dtype=torch.int64, device=self.device)
+
+    @torch.inference_mode()
+    def decode(self, slots: Sequence[int]) -> list[np.ndarray]:
+        """Images (H, W, 3) uint8, rounded, of the latents in `slots`."""
+        latents = self.latents[torch.tensor(slots, device=self.device)]
+        with torch.autocast(self.device.type, self.precision, enabled=self.autocasts):
+            images = to_uint8(self.rae.decode(latents))
+        return list(images.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def _num_parameters(model: nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in model.parameters()) if model else 0
