@@ -1,0 +1,174 @@
+"""What can go wrong with a request: one exception per HTTP status, mapped to responses here."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+DRAIN_S = 30.0
+
+
+@dataclass(frozen=True)
+class Detail:
+    """One field of a request that was refused."""
+
+    field: str
+    value: str
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.field} is {self.value}; allowed: {self.allowed}"
+
+
+class ApiError(Exception):
+    """Ends a request with `status` and a body that `error_response` writes."""
+
+    status: ClassVar[int]
+    type: ClassVar[str]
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {}
+
+    @property
+    def details(self) -> Sequence[Detail]:
+        return ()
+
+
+class MalformedBodyError(ApiError):
+    status, type = 400, "malformed_body"
+
+
+class BodyTooLargeError(ApiError):
+    status, type = 413, "body_too_large"
+
+    def __init__(self, size: str, limit: int) -> None:
+        super().__init__(f"the body has {size} bytes; allowed: at most {limit}")
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"connection": "close"}
+
+
+class MediaTypeError(ApiError):
+    status, type = 415, "unsupported_media_type"
+
+
+class InvalidRequestError(ApiError):
+    status, type = 422, "invalid_request"
+
+    def __init__(self, details: Sequence[Detail]) -> None:
+        super().__init__("; ".join(map(str, details)))
+        self._details = details
+
+    @property
+    def details(self) -> Sequence[Detail]:
+        return self._details
+
+
+class QueueFullError(ApiError):
+    """`queued` and `limit` are in evaluations of the model for one row."""
+
+    status, type = 429, "queue_full"
+
+    def __init__(self, retry_after_s: float, queued: float, limit: float) -> None:
+        self.retry_after_s, self.queued, self.limit = retry_after_s, queued, limit
+        super().__init__(
+            f"{queued:.0f} model evaluations are queued and the limit is {limit:.0f}; "
+            f"try again in {math.ceil(retry_after_s)} s"
+        )
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"retry-after": str(math.ceil(self.retry_after_s))}
+
+
+class ClientGoneError(ApiError):
+    """Nobody reads this answer; 499 is what proxies log for it."""
+
+    status, type = 499, "client_gone"
+
+    def __init__(self) -> None:
+        super().__init__("the client disconnected")
+
+
+class EngineClosedError(ApiError):
+    status, type = 503, "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
+class DrainingResponse(JSONResponse):
+    """Answers at once, then reads what the client still sends: closing the connection under a
+    client that is writing would make its system throw the answer away."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = self.raw_headers
+        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": bytes(self.body), "more_body": True})
+        # Who asked for "100-continue" waits for it before writing, and now never gets it.
+        if (b"expect", b"100-continue") not in scope["headers"]:
+            try:
+                async with asyncio.timeout(DRAIN_S):
+                    while (await receive()).get("more_body"):
+                        pass
+            except TimeoutError:
+                pass
+        await send({"type": "http.response.body", "body": b""})
+
+
+def error_response(
+    request: Request,
+    status: int,
+    kind: str,
+    message: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    details: Sequence[Detail] = (),
+) -> JSONResponse:
+    request_id = getattr(request.state, "request_id", None)
+    error = {"type": kind, "message": message, "details": [asdict(detail) for detail in details]}
+    response_class = DrainingResponse if status == BodyTooLargeError.status else JSONResponse
+    return response_class({"error": error, "request_id": request_id}, status, headers)
+
+
+async def _api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return error_response(
+        request,
+        error.status,
+        error.type,
+        str(error),
+        headers=error.headers,
+        details=error.details,
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    path, method = request.url.path, request.method
+    kind, message = {
+        404: ("not_found", f"no such path: {path}; GET /docs lists them"),
+        405: ("method_not_allowed", f"{method} is not allowed for {path}"),
+    }.get(error.status_code, ("http_error", str(error.detail)))
+    return error_response(request, error.status_code, kind, message, headers=error.headers)
+
+
+async def _internal_error(request: Request, error: Exception) -> JSONResponse:
+    message = f"the server failed ({type(error).__name__}); its log says where"
+    return error_response(request, 500, "internal_error", message)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _internal_error)

@@ -1,0 +1,217 @@
+"""Flags, environment variables and settings: each field below is all three.
+
+A command of the `rae` tool takes the fields of one class as its parameters (`takes`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar, get_type_hints
+
+import typer
+
+S = TypeVar("S")
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Precision = Literal["auto", "fp32", "bf16"]
+ImageFormat = Literal["png", "jpeg", "webp"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+MODEL, ENGINE, HTTP, LIMITS = "Model", "Engine", "HTTP", "Limits of one request"
+
+
+def server_version() -> str:
+    try:
+        return version("rae-server")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint folder.",
+            envvar="RAE_MODEL",
+            show_default="the embedded digits",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    device: Annotated[
+        Device,
+        typer.Option(
+            help="Where the model runs; auto takes the first of cuda, mps, cpu that is there.",
+            envvar="RAE_DEVICE",
+            rich_help_panel=MODEL,
+        ),
+    ] = "auto"
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            help="Of the matrix products; auto is bf16 on cuda and fp32 elsewhere.",
+            envvar="RAE_PRECISION",
+            rich_help_panel=MODEL,
+        ),
+    ] = "auto"
+
+    @property
+    def folder(self) -> Path:
+        return self.model or embedded_model()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings(ModelSettings):
+    max_batch: Annotated[
+        int,
+        typer.Option(
+            help="Images that are denoised together; more wait.",
+            envvar="RAE_MAX_BATCH",
+            min=1,
+            rich_help_panel=ENGINE,
+        ),
+    ] = 64
+    max_queue: Annotated[
+        float,
+        typer.Option(
+            help="Model evaluations that may wait or run; beyond, requests get 429.",
+            envvar="RAE_MAX_QUEUE",
+            min=1,
+            rich_help_panel=ENGINE,
+        ),
+    ] = 50_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(EngineSettings):
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on; 0.0.0.0 lets other machines in.",
+            envvar="RAE_HOST",
+            rich_help_panel=HTTP,
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int,
+        typer.Option(
+            help="Port to listen on; 0 takes a free one.",
+            envvar="RAE_PORT",
+            min=0,
+            max=65535,
+            rich_help_panel=HTTP,
+        ),
+    ] = 8000
+    root_path: Annotated[
+        str,
+        typer.Option(
+            help="Path under which a proxy publishes the server, as /rae.",
+            envvar="RAE_ROOT_PATH",
+            rich_help_panel=HTTP,
+        ),
+    ] = ""
+    cors_origins: Annotated[
+        str,
+        typer.Option(
+            help="Origins whose pages may call, separated by commas; * for all.",
+            envvar="RAE_CORS_ORIGINS",
+            rich_help_panel=HTTP,
+        ),
+    ] = ""
+    log_level: Annotated[
+        LogLevel,
+        typer.Option(
+            help="Requests are logged at info.", envvar="RAE_LOG_LEVEL", rich_help_panel=HTTP
+        ),
+    ] = "info"
+    max_steps: Annotated[
+        int,
+        typer.Option(help="Grid points.", envvar="RAE_MAX_STEPS", min=2, rich_help_panel=LIMITS),
+    ] = 1000
+    max_images: Annotated[
+        int,
+        typer.Option(help="Images.", envvar="RAE_MAX_IMAGES", min=1, rich_help_panel=LIMITS),
+    ] = 64
+    max_body_bytes: Annotated[
+        int,
+        typer.Option(
+            help="Bytes of the body.", envvar="RAE_MAX_BODY_BYTES", min=2, rich_help_panel=LIMITS
+        ),
+    ] = 65_536
+
+    @property
+    def allowed_origins(self) -> list[str]:
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(ModelSettings):
+    """What is None is the checkpoint's default; ranges are checked as for a request over HTTP."""
+
+    classes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CLASS]...", help="Class ids or names; none for an unconditional image."
+        ),
+    ] = None
+    cfg: Annotated[
+        float | None, typer.Option(help="Guidance scale; 1 is off.", show_default="checkpoint's")
+    ] = None
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Grid points, 1 more than evaluations.", show_default="checkpoint's"),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Image i has seed + i.", show_default="random")
+    ] = None
+    n: Annotated[int, typer.Option("-n", "--n", help="Images of each class.", min=1)] = 1
+    guidance_method: Annotated[
+        Literal["cfg", "autoguidance"] | None,
+        typer.Option(help="What guides.", show_default="checkpoint's"),
+    ] = None
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="LOW HIGH", help="Shifted times that guide.", show_default="checkpoint's"
+        ),
+    ] = None
+    format: Annotated[ImageFormat, typer.Option(help="Of the files.")] = "png"
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path(".")
+
+
+def embedded_model() -> Path:
+    from rae.models import digits
+
+    assert digits.__file__
+    return Path(digits.__file__).parent
+
+
+def takes(settings: type[S]) -> Callable[[Callable[[S], None]], Callable[..., None]]:
+    """Give a command that takes one `settings` object the object's fields as parameters."""
+    hints = get_type_hints(settings, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(settings)
+    ]
+
+    def decorate(function: Callable[[S], None]) -> Callable[..., None]:
+        @wraps(function)
+        def command(**values: object) -> None:
+            function(settings(**values))
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        del command.__wrapped__  # type: ignore[attr-defined]
+        return command
+
+    return decorate
