@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rae.models.config import DecoderConfig
 from rae.models.embedders import sincos_2d
-from rae.models.layers import Linear
+from rae.models.layers import Linear, gelu
 
 
 class _QKV(nn.Module):
@@ -56,7 +56,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.layernorm_before(x))
-        return x + self.output(F.gelu(self.intermediate(self.layernorm_after(x))))
+        return x + self.output(gelu(self.intermediate(self.layernorm_after(x))))
 
 
 class Decoder(nn.Module):

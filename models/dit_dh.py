@@ -5,7 +5,6 @@ The semantics are those of github bytetriper/RAE, `src/stage2/models/DDT.py`.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae.models.config import DiTDHConfig
@@ -15,9 +14,11 @@ from rae.models.layers import (
     Linear,
     Mlp,
     RotaryEmbedding,
+    SiLU,
     SwiGLU,
     block_norm,
     modulate,
+    silu,
 )
 
 NORMAL_INIT = (
@@ -36,7 +37,7 @@ class Block(nn.Module):
         self.norm2 = block_norm(dim, config.use_rmsnorm)
         self.attn = Attention(dim, num_heads, config.use_qknorm, config.use_rmsnorm)
         self.mlp = (SwiGLU if config.use_swiglu else Mlp)(dim, config.mlp_ratio)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        self.adaLN_modulation = nn.Sequential(SiLU(), Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor, rope: RotaryEmbedding) -> Tensor:
         """x (B, N, D); c (B, 1, D) or (B, N, D)."""
@@ -51,7 +52,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = block_norm(dim, use_rmsnorm)
         self.linear = Linear(dim, latent_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(dim, 2 * dim))
+        self.adaLN_modulation = nn.Sequential(SiLU(), Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
@@ -105,13 +106,13 @@ class DiTDH(nn.Module):
         """
         depth = self.config.depth
         time = self.t_embedder(t)[:, None]  # (B, 1, E)
-        c = F.silu(time + self.y_embedder(class_labels)[:, None])
+        c = silu(time + self.y_embedder(class_labels)[:, None])
         s = self.s_embedder(latents)  # (B, N, E)
         if self.pos_embed is not None:
             s = s + self.pos_embed
         for block in self.blocks[:depth]:
             s = block(s, c, self.enc_feat_rope)
-        s = self.s_projector(F.silu(time + s))  # (B, N, D)
+        s = self.s_projector(silu(time + s))  # (B, N, D)
         h = self.x_embedder(latents)
         for block in self.blocks[depth:]:
             h = block(h, s, self.dec_feat_rope)

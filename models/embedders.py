@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rae.models.layers import Linear, linear
+from rae.models.layers import Linear, SiLU, linear
 
 
 class TokenEmbedder(nn.Module):
@@ -30,7 +30,7 @@ class TimeEmbedder(nn.Module):
     def __init__(self, dim: int, num_frequencies: int = 256) -> None:
         super().__init__()
         self.register_buffer("W", torch.randn(num_frequencies))
-        self.mlp = nn.Sequential(Linear(2 * num_frequencies, dim), nn.SiLU(), Linear(dim, dim))
+        self.mlp = nn.Sequential(Linear(2 * num_frequencies, dim), SiLU(), Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         angles = t[:, None] * self.W * 2 * math.pi

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +28,37 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
+
+
+def silu(x: Tensor) -> Tensor:
+    """`F.silu` whose elements do not depend on their neighbours.
+
+    The CPU kernels of silu and gelu treat the last elements of a thread's share with another exp
+    or erf than the others (5 of 100,000 values differ in the last bit); exp and erf themselves
+    do not. Twice the time of `F.silu`, 1 % of a step. Not for training: exp overflows backward.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return F.silu(x)
+    x_float = x.float()
+    return (x_float / (1 + torch.exp(-x_float))).to(x.dtype)
+
+
+def gelu(x: Tensor, approximate: Literal["none", "tanh"] = "none") -> Tensor:
+    """`F.gelu` whose elements do not depend on their neighbours: see `silu`."""
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return F.gelu(x, approximate=approximate)
+    x_float = x.float()
+    if approximate == "tanh":
+        inner = x_float + 0.044715 * x_float * x_float * x_float
+        bell = torch.tanh(math.sqrt(2 / math.pi) * inner)
+    else:
+        bell = torch.erf(x_float * math.sqrt(0.5))
+    return (0.5 * x_float * (1 + bell)).to(x.dtype)
+
+
+class SiLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return silu(x)
 
 
 class RMSNorm(nn.Module):
@@ -107,7 +141,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(x1) * x2)
+        return self.w3(silu(x1) * x2)
 
 
 class Mlp(nn.Module):
@@ -119,4 +153,4 @@ class Mlp(nn.Module):
         self.fc2 = Linear(int(dim * mlp_ratio), dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x), approximate="tanh"))
