@@ -13,6 +13,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from rae.server.metrics import Outcome
+
 DRAIN_S = 30.0
 
 
@@ -33,6 +35,7 @@ class ApiError(Exception):
 
     status: ClassVar[int]
     type: ClassVar[str]
+    outcome: ClassVar[Outcome] = "invalid"
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -77,7 +80,7 @@ class InvalidRequestError(ApiError):
 class QueueFullError(ApiError):
     """`queued` and `limit` are in evaluations of the model for one row."""
 
-    status, type = 429, "queue_full"
+    status, type, outcome = 429, "queue_full", "rejected"
 
     def __init__(self, retry_after_s: float, queued: float, limit: float) -> None:
         self.retry_after_s, self.queued, self.limit = retry_after_s, queued, limit
@@ -94,14 +97,14 @@ class QueueFullError(ApiError):
 class ClientGoneError(ApiError):
     """Nobody reads this answer; 499 is what proxies log for it."""
 
-    status, type = 499, "client_gone"
+    status, type, outcome = 499, "client_gone", "cancelled"
 
     def __init__(self) -> None:
         super().__init__("the client disconnected")
 
 
 class EngineClosedError(ApiError):
-    status, type = 503, "shutting_down"
+    status, type, outcome = 503, "shutting_down", "failed"
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down")
@@ -135,7 +138,8 @@ def error_response(
     headers: Mapping[str, str] | None = None,
     details: Sequence[Detail] = (),
 ) -> JSONResponse:
-    request_id = getattr(request.state, "request_id", None)
+    request_id = request.scope["state"]["request_id"]
+    headers = {"x-request-id": request_id, **(headers or {})}
     error = {"type": kind, "message": message, "details": [asdict(detail) for detail in details]}
     response_class = DrainingResponse if status == BodyTooLargeError.status else JSONResponse
     return response_class({"error": error, "request_id": request_id}, status, headers)

@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from rae.models.checkpoint import Checkpoint
+from rae.server.request import ImageSpec
 from rae.server.settings import ImageFormat, server_version
 
 JPEG_QUALITY = 95
@@ -43,3 +45,23 @@ def encode(image: np.ndarray, format: ImageFormat, metadata: Mapping[str, Any]) 
     else:
         picture.save(file, "WEBP", lossless=True, exif=exif)
     return file.getvalue()
+
+
+def describe(spec: ImageSpec, checkpoint: Checkpoint, precision: str) -> dict[str, Any]:
+    """What is needed to make an image again."""
+    config = checkpoint.config
+    is_null = spec.class_label == config.dit_dh.null_label
+    return {
+        "class_id": None if is_null else spec.class_label,
+        "class_name": None if is_null else config.classes[spec.class_label],
+        "cfg": spec.cfg,
+        "steps": spec.steps,
+        "seed": spec.seed,
+        "guidance_method": spec.guidance_method,
+        "guidance_interval": list(spec.guidance_interval),
+        "solver": "euler",
+        "checkpoint": config.name,
+        "checkpoint_sha256": checkpoint.sha256,
+        "precision": precision,
+        "version": server_version(),
+    }

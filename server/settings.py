@@ -11,11 +11,11 @@ from dataclasses import dataclass, fields
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_type_hints
+from typing import Annotated, Literal, TypeVar, cast, get_type_hints
 
 import typer
 
-S = TypeVar("S")
+S = TypeVar("S", bound="ModelSettings")
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -156,7 +156,7 @@ class GenerateSettings(ModelSettings):
     classes: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CLASS]...", help="Class ids or names; none for an unconditional image."
+            metavar="CLASS", help="Class ids or names; none for an unconditional image."
         ),
     ] = None
     cfg: Annotated[
@@ -193,6 +193,7 @@ def embedded_model() -> Path:
 
 def takes(settings: type[S]) -> Callable[[Callable[[S], None]], Callable[..., None]]:
     """Give a command that takes one `settings` object the object's fields as parameters."""
+    make = cast("Callable[..., S]", settings)
     hints = get_type_hints(settings, include_extras=True)
     parameters = [
         inspect.Parameter(
@@ -207,11 +208,11 @@ def takes(settings: type[S]) -> Callable[[Callable[[S], None]], Callable[..., No
     def decorate(function: Callable[[S], None]) -> Callable[..., None]:
         @wraps(function)
         def command(**values: object) -> None:
-            function(settings(**values))
+            function(make(**values))
 
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
-        del command.__wrapped__  # type: ignore[attr-defined]
+        del command.__wrapped__
         return command
 
     return decorate

@@ -1,0 +1,170 @@
+"""The HTTP side: routes, and one request from its body to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import re
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, RedirectResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rae.models.checkpoint import Checkpoint
+from rae.server import errors
+from rae.server.engine import Engine
+from rae.server.generate import Generate
+from rae.server.limits import Limits
+from rae.server.metrics import Metrics
+from rae.server.schemas import (
+    ClassItem,
+    ErrorResponse,
+    GenerateResponse,
+    Health,
+    Info,
+    ModelInfo,
+    request_body,
+)
+from rae.server.settings import ServeSettings, server_version
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
+EXPOSED_HEADERS = ("X-Seed", "X-Request-Id", "X-Evaluations", "Server-Timing", "Retry-After")
+SUMMARY = (
+    "Images of a class from a representation-autoencoder diffusion transformer. "
+    "`steps` are grid points as published, so there are steps − 1 evaluations; the solver is euler."
+)
+
+
+def create_app(
+    engine: Engine, checkpoint: Checkpoint, metrics: Metrics, settings: ServeSettings
+) -> FastAPI:
+    """The app; its lifespan starts and closes the engine."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.close)
+
+    app = FastAPI(
+        title="rae-server",
+        version=server_version(),
+        description=SUMMARY,
+        root_path=settings.root_path,
+        lifespan=lifespan,
+    )
+    app.add_middleware(RequestIdMiddleware)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
+    errors.add_error_handlers(app)
+    add_routes(app, Service(engine, checkpoint, metrics, settings))
+    return app
+
+
+class RequestIdMiddleware:
+    """Gives every response an X-Request-Id: the client's where it is sane."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        sent = Headers(scope=scope).get("x-request-id", "")
+        request_id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    refusals: dict[int | str, dict[str, Any]] = {
+        error.status: {"model": ErrorResponse, "description": error.type.replace("_", " ")}
+        for error in (
+            errors.MalformedBodyError,
+            errors.BodyTooLargeError,
+            errors.MediaTypeError,
+            errors.InvalidRequestError,
+            errors.QueueFullError,
+            errors.EngineClosedError,
+        )
+    }
+    images = {f"image/{name}": {} for name in ("png", "jpeg", "webp")}
+    images_or_json = {"model": GenerateResponse, "content": images}
+    app.add_api_route(
+        "/generate",
+        service.generate.respond,
+        methods=["POST"],
+        summary="Generate images: an image for n = 1, else or where JSON is accepted JSON",
+        response_class=JSONResponse,
+        responses={200: images_or_json, **refusals},
+        openapi_extra={"requestBody": request_body(service.limits)},
+    )
+    app.add_api_route("/classes", service.classes, summary="The classes")
+    app.add_api_route("/info", lambda: service.info, response_model=Info, summary="What runs here")
+    app.add_api_route("/health/live", lambda: Health(status="ok"), response_model=Health)
+    app.add_api_route("/health/ready", service.ready, responses={503: {"model": Health}})
+    app.add_api_route("/metrics", service.scrape, response_class=Response, summary="Prometheus")
+    app.add_api_route("/", to_docs, include_in_schema=False)
+
+
+def to_docs(http: Request) -> RedirectResponse:
+    return RedirectResponse(f"{http.scope.get('root_path', '')}/docs")
+
+
+class Service:
+    """What the routes share, and what they do."""
+
+    def __init__(
+        self, engine: Engine, checkpoint: Checkpoint, metrics: Metrics, settings: ServeSettings
+    ) -> None:
+        self.engine, self.metrics = engine, metrics
+        self.limits = Limits.of(
+            checkpoint.config, max_steps=settings.max_steps, max_images=settings.max_images
+        )
+        self.generate = Generate(engine, checkpoint, metrics, self.limits, settings.max_body_bytes)
+        self.info = Info(
+            version=server_version(),
+            torch=version("torch"),
+            python=platform.python_version(),
+            device=engine.device,
+            precision=engine.precision,
+            limits={
+                "max_steps": settings.max_steps,
+                "max_images": settings.max_images,
+                "max_body_bytes": settings.max_body_bytes,
+                "max_batch": settings.max_batch,
+                "max_queue": settings.max_queue,
+            },
+            model=ModelInfo.of(checkpoint, self.limits),
+        )
+
+    def classes(self) -> list[ClassItem]:
+        return [ClassItem(class_id=i, name=name) for i, name in enumerate(self.limits.classes)]
+
+    def ready(self, response: Response) -> Health:
+        if self.engine.ready:
+            return Health(status="ok")
+        response.status_code = 503
+        return Health(status="not ready", reasons=["the model is warming up"])
+
+    def scrape(self) -> Response:
+        return Response(self.metrics.render(), headers={"content-type": self.metrics.content_type})

@@ -1,0 +1,168 @@
+"""The `rae` command. Light: what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from rae.server.settings import (
+    EngineSettings,
+    GenerateSettings,
+    ServeSettings,
+    embedded_model,
+    server_version,
+    takes,
+)
+
+FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    help="Serves class-conditional images, and trains the models that make them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def main() -> None:
+    app(prog_name="rae")
+
+
+def fail(message: str, exit_code: int = 1) -> NoReturn:
+    typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
+    raise typer.Exit(exit_code)
+
+
+def print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"rae-server {server_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@takes(ServeSettings)
+def serve(settings: ServeSettings) -> None:
+    """Serve a checkpoint over HTTP: POST /generate, docs at /docs."""
+    from rae.server.serve import prepare
+
+    try:
+        server = prepare(settings, typer.echo)
+    except ValueError as error:
+        fail(str(error))
+    server.serve_until_stopped()
+
+
+@app.command()
+@takes(GenerateSettings)
+def generate(settings: GenerateSettings) -> None:
+    """Generate images of CLASSES into files, without a server."""
+    from rae.models.checkpoint import load_checkpoint
+    from rae.server.engine import Engine
+    from rae.server.errors import InvalidRequestError
+    from rae.server.images import describe, encode
+    from rae.server.limits import Limits
+    from rae.server.metrics import Metrics
+    from rae.server.schemas import read_request
+
+    try:
+        checkpoint = load_checkpoint(settings.folder)
+        limits = Limits.of(checkpoint.config, max_steps=1000, max_images=1000)
+        requests = [read_request(values, limits) for values in wanted(settings, limits.classes)]
+        specs = [spec for request in requests for spec in request.specs(limits)]
+        engine_settings = EngineSettings(
+            device=settings.device,
+            precision=settings.precision,
+            max_batch=min(len(specs), EngineSettings.max_batch),
+            max_queue=math.inf,
+        )
+        engine = Engine(checkpoint, engine_settings, Metrics())
+        settings.out.mkdir(parents=True, exist_ok=True)
+    except InvalidRequestError as error:
+        fail(str(error), exit_code=2)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    engine.start()
+    try:
+        images = engine.submit(specs, "rae generate").future.result().images
+    finally:
+        engine.close()
+    for spec, image in zip(specs, images, strict=True):
+        description = describe(spec, checkpoint, engine.precision)
+        name = re.sub(r"\W+", "-", str(description["class_name"] or "unconditional")).strip("-")
+        path = settings.out / f"{name}-seed{spec.seed}.{settings.format}"
+        path.write_bytes(encode(image, settings.format, description))
+        typer.echo(f"{path} (seed {spec.seed})")
+
+
+def wanted(settings: GenerateSettings, names: Sequence[str]) -> list[dict[str, object]]:
+    """One request for each class; a class is a name or, where no name is like it, an id."""
+    common = {
+        "cfg": settings.cfg,
+        "steps": settings.steps,
+        "seed": settings.seed,
+        "n": settings.n,
+        "guidance_method": settings.guidance_method,
+        "guidance_interval": settings.guidance_interval,
+    }
+    classes: list[dict[str, object]] = [
+        {"class_id": int(text)}
+        if text not in names and re.fullmatch(r"-?\d{1,9}", text)
+        else {"class_name": text}
+        for text in settings.classes or ()
+    ]
+    return [common | chosen for chosen in classes or [{}]]
+
+
+@app.command()
+def info(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Checkpoint folder.", show_default="the embedded digits")
+    ] = None,
+) -> None:
+    """Show what a checkpoint folder holds, and check its files against their sha256."""
+    from rich.console import Console
+
+    from rae.server.inspection import report
+
+    try:
+        problems = report(checkpoint or embedded_model(), Console())
+    except ValueError as error:
+        fail(str(error))
+    if problems:
+        fail("; ".join(problems))
+
+
+@app.command(context_settings=FORWARDED, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train a model: `rae train digits --out DIR`."""
+    forward("train", context.args)
+
+
+@app.command("eval", context_settings=FORWARDED, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """Measure a model: `rae eval digits`."""
+    forward("eval", context.args)
+
+
+def forward(command: str, arguments: list[str]) -> NoReturn:
+    try:
+        from rae.training.cli import eval_app, train_app
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is missing; pip install 'rae-server[train]'")
+    commands = {"train": train_app, "eval": eval_app}
+    sys.exit(commands[command](arguments, prog_name=f"rae {command}"))

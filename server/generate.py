@@ -1,0 +1,166 @@
+"""One POST /generate: from its body to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+
+from rae.models.checkpoint import Checkpoint
+from rae.server import errors
+from rae.server.engine import Engine
+from rae.server.images import describe, encode, mime_type
+from rae.server.limits import Limits, shown
+from rae.server.metrics import Metrics, Outcome
+from rae.server.request import Generated, ImageSpec
+from rae.server.schemas import GeneratedImage, GenerateResponse, parse_request
+from rae.server.settings import ImageFormat
+
+QUALITY = re.compile(r"q=[01](\.\d*)?")
+
+
+class Generate:
+    """The route. Every request is counted once, by how it ended."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        checkpoint: Checkpoint,
+        metrics: Metrics,
+        limits: Limits,
+        max_body_bytes: int,
+    ) -> None:
+        self.engine, self.checkpoint, self.metrics = engine, checkpoint, metrics
+        self.limits, self.max_body_bytes = limits, max_body_bytes
+
+    async def respond(self, http: Request) -> Response:
+        outcome: Outcome = "failed"
+        started = time.monotonic()
+        try:
+            response = await self._answer(http)
+            outcome = "done"
+            self.metrics.request_seconds.observe(time.monotonic() - started)
+            return response
+        except errors.ApiError as error:
+            outcome = error.outcome
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            self.metrics.count(outcome)
+
+    async def _answer(self, http: Request) -> Response:
+        asked = parse_request(await read_json(http, self.max_body_bytes), self.limits)
+        specs = asked.specs(self.limits)
+        generated = await self._run(specs, http)
+        started = time.monotonic()
+        descriptions = [describe(spec, self.checkpoint, self.engine.precision) for spec in specs]
+        files = await encode_all(generated, descriptions, asked.image_format)
+        encode_s = time.monotonic() - started
+        self.metrics.encode_seconds.observe(encode_s)
+        timings_ms = {
+            "queue": 1000 * generated.queue_s,
+            "denoise": 1000 * generated.denoise_s,
+            "decode": 1000 * generated.decode_s,
+            "encode": 1000 * encode_s,
+        }
+        headers = {
+            "x-seed": str(specs[0].seed),
+            "x-evaluations": str(specs[0].num_evaluations),
+            "server-timing": ", ".join(f"{k};dur={ms:.2f}" for k, ms in timings_ms.items()),
+        }
+        mime = mime_type(asked.image_format)
+        if len(files) == 1 and accepts_image(http.headers.get("accept")):
+            return Response(files[0], media_type=mime, headers=headers)
+        answer = GenerateResponse(
+            request_id=http.state.request_id,
+            images=[
+                GeneratedImage(
+                    seed=description["seed"],
+                    class_id=description["class_id"],
+                    class_name=description["class_name"],
+                    mime_type=mime,
+                    data=b64encode(file).decode(),
+                )
+                for file, description in zip(files, descriptions, strict=True)
+            ],
+            steps=specs[0].steps,
+            evaluations=specs[0].num_evaluations,
+            cfg=specs[0].cfg,
+            guidance_method=specs[0].guidance_method,
+            guidance_interval=specs[0].guidance_interval,
+            checkpoint_sha256=self.checkpoint.sha256,
+            timings_ms=timings_ms,
+        )
+        return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
+
+    async def _run(self, specs: Sequence[ImageSpec], http: Request) -> Generated:
+        """Raises QueueFullError, EngineClosedError, or ClientGoneError: then nothing runs on."""
+        request = self.engine.submit(specs, http.state.request_id)
+        result = asyncio.wrap_future(request.future)
+        gone = asyncio.create_task(disconnected(http))
+        try:
+            await asyncio.wait((result, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not result.done():
+                raise errors.ClientGoneError
+            return result.result()
+        finally:
+            gone.cancel()
+            self.engine.cancel(request)
+
+
+async def disconnected(http: Request) -> None:
+    """Returns when the client is gone; the body has been read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_json(http: Request, max_bytes: int) -> bytes:
+    """The body. Raises BodyTooLargeError before more than `max_bytes` are kept."""
+    declared = http.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise errors.BodyTooLargeError(declared, max_bytes)
+    body = bytearray()
+    try:
+        async for chunk in http.stream():
+            body += chunk
+            if len(body) > max_bytes:
+                raise errors.BodyTooLargeError(f"more than {max_bytes}", max_bytes)
+    except ClientDisconnect as error:
+        raise errors.ClientGoneError from error
+    media_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise errors.MediaTypeError(f"content-type is {shown(media_type)}; send application/json")
+    return bytes(body)
+
+
+async def encode_all(
+    generated: Generated, descriptions: Sequence[Mapping[str, Any]], format: ImageFormat
+) -> list[bytes]:
+    pairs = zip(generated.images, descriptions, strict=True)
+    return await asyncio.gather(
+        *(asyncio.to_thread(encode, image, format, description) for image, description in pairs)
+    )
+
+
+def accepts_image(accept: str | None) -> bool:
+    """False where JSON is named and no image is preferred, and where neither is acceptable."""
+    if not accept:
+        return True
+    qualities = {}
+    for item in accept.lower().split(","):
+        name, *parameters = (part.strip() for part in item.split(";"))
+        weights = [p[2:] for p in parameters if p.startswith("q=")]
+        qualities[name] = (
+            float(weights[0]) if weights and re.fullmatch(r"[\d.]+", weights[0]) else 1.0
+        )
+    json = max(qualities.get(name, 0.0) for name in ("application/json", "application/*"))
+    image = max((q for name, q in qualities.items() if name.startswith("image/")), default=0.0)
+    return image >= json if image or json else qualities.get("*/*", 0.0) > 0

@@ -1,0 +1,55 @@
+"""`rae info`: what a checkpoint folder holds, and whether its files are the recorded ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rae.models.checkpoint import file_sha256, load_checkpoint
+from rae.server.limits import Limits
+from rae.server.schemas import ModelInfo
+
+
+def report(folder: Path, console: Console) -> list[str]:
+    """Show a checkpoint folder; returns what is wrong with its files. Raises CheckpointError."""
+    checkpoint = load_checkpoint(folder)
+    config = checkpoint.config
+    limits = Limits.of(config, max_steps=1000, max_images=64)
+    model = ModelInfo.of(checkpoint, limits)
+    table = Table(title=str(folder), show_header=False, title_justify="left")
+    defaults = ", ".join(f"{key} {value}" for key, value in model.defaults.items())
+    rows = {
+        "name": model.name,
+        "sha256": model.sha256,
+        "classes": f"{model.num_classes}: {limits.class_names}",
+        "image": f"{model.image_size} × {model.image_size} px",
+        "latents": " × ".join(map(str, model.latent_shape)),
+        **{f"{name} parameters": f"{count:,}" for name, count in model.parameters.items()},
+        "encoder": config.encoder.kind if config.encoder else "none",
+        "shift": f"{model.shift:g}",
+        "defaults": defaults,
+        "guidance": ", ".join(model.guidance_methods) or "none",
+        "source": model.source or "not recorded",
+        "licence": model.license or "not recorded",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    problems = []
+    for name, recorded in config.sha256.items():
+        path = folder / name
+        if not path.is_file():
+            state = "is missing"
+        elif (actual := file_sha256(path)) != recorded:
+            state = f"has sha256 {actual}, config.json says {recorded}"
+        else:
+            size_mb = path.stat().st_size / 1e6
+            table.add_row(name, f"{size_mb:.2f} MB, sha256 as recorded")
+            continue
+        problems.append(f"{path} {state}")
+        table.add_row(name, state, style="red")
+    if not config.sha256:
+        table.add_row("files", "no sha256 recorded")
+    console.print(table)
+    return problems

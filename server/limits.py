@@ -1,0 +1,97 @@
+"""What a checkpoint and a server allow a request to hold, and how that is said to people."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Self
+
+from rae.models.checkpoint import CheckpointConfig, SamplerDefaults
+from rae.models.config import GuidanceMethod
+
+NUMBERS = ("class_id", "cfg", "steps", "n", "seed")
+MAX_CFG = 100
+SEEDS = 2**53  # what a JSON number holds exactly everywhere
+LISTED_CLASSES = 12
+SHOWN_CHARACTERS = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What this checkpoint and this server allow."""
+
+    classes: tuple[str, ...]
+    defaults: SamplerDefaults
+    has_null_label: bool
+    has_guide: bool
+    max_steps: int
+    max_images: int
+
+    @classmethod
+    def of(cls, config: CheckpointConfig, *, max_steps: int, max_images: int) -> Self:
+        return cls(
+            classes=config.classes,
+            defaults=config.defaults,
+            has_null_label=config.dit_dh.has_null_label,
+            has_guide=config.guide is not None,
+            max_steps=max_steps,
+            max_images=max_images,
+        )
+
+    @property
+    def null_label(self) -> int:
+        return len(self.classes)
+
+    @property
+    def class_names(self) -> str:
+        """The first of them, for people."""
+        more = "" if len(self.classes) <= LISTED_CLASSES else ", …; GET /classes lists all"
+        return ", ".join(self.classes[:LISTED_CLASSES]) + more
+
+    @property
+    def methods(self) -> tuple[GuidanceMethod, ...]:
+        """Guidance that this checkpoint can give."""
+        cfg: tuple[GuidanceMethod, ...] = ("cfg",) if self.has_null_label else ()
+        return (*cfg, "autoguidance") if self.has_guide else cfg
+
+    def bounds(self, field: str, n: int = 1) -> tuple[int, int]:
+        """The closed range of a number of `n` images' request."""
+        return {
+            "class_id": (0, len(self.classes) - 1),
+            "cfg": (1, MAX_CFG),
+            "steps": (2, self.max_steps),
+            "n": (1, self.max_images),
+            "seed": (0, SEEDS - n),
+        }[field]
+
+    def allowed(self, field: str, n: int = 1) -> str:
+        """What a field may be, for people."""
+        low, high = self.bounds(field, n) if field in NUMBERS else (0, 0)
+        unconditional = ", or null for unconditional" if self.has_null_label else ""
+        return {
+            "class_id": f"an integer from {low} to {high}{unconditional}",
+            "class_name": f"one of {self.class_names}{unconditional}",
+            "cfg": f"a number from {low} (off) to {high}",
+            "steps": f"an integer from {low} to {high} (grid points, 1 more than evaluations)",
+            "n": f"an integer from {low} to {high}",
+            "seed": f"an integer from {low} to {high} (2^53 − n), or null for a random one",
+            "guidance_method": f"{' or '.join(self.methods) or 'none'} with this checkpoint",
+            "guidance_interval": "[low, high] with 0 <= low <= high <= 1, in shifted time",
+            "format": "png, jpeg or webp",
+            "solver": "euler, the only solver that is served",
+        }[field]
+
+
+def shown(value: Any) -> str:  # noqa: ANN401
+    """A JSON value as it came, cut to a readable length."""
+    try:
+        text = clean(json.dumps(value, ensure_ascii=False))
+    except RecursionError:
+        return "a deeply nested value"
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
+def clean(text: str) -> str:
+    """Unpaired surrogates, which JSON may hold and UTF-8 may not, written out; cut."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -1,0 +1,283 @@
+"""The wire: what a request may hold, what is refused and how it is said, what comes back."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from rae.models.checkpoint import Checkpoint
+from rae.models.config import GuidanceMethod
+from rae.server.errors import Detail, InvalidRequestError, MalformedBodyError
+from rae.server.limits import NUMBERS, SEEDS, Limits, clean, shown
+from rae.server.request import ImageSpec
+from rae.server.settings import ImageFormat
+
+Integer = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class GenerateRequest(BaseModel):
+    """Null and absent mean the same: the default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    class_id: Integer | None = Field(None, description="Class; null is unconditional.")
+    class_name: str | None = Field(None, description="A name of GET /classes, for class_id.")
+    cfg: Number | None = Field(None, description="Guidance scale; 1 is off.")
+    steps: Integer | None = Field(
+        None, description="Grid points as published; there is one evaluation fewer."
+    )
+    n: Integer | None = Field(None, description="Images.")
+    seed: Integer | None = Field(
+        None, description="Image i has seed + i. Random and returned where it is null."
+    )
+    guidance_method: GuidanceMethod | None = Field(
+        None, description="What guides: the null label, or the checkpoint's weaker model."
+    )
+    guidance_interval: tuple[Number, Number] | None = Field(
+        None, description="Closed interval of shifted time in which guidance is on."
+    )
+    format: ImageFormat | None = Field(None, description="Of the image.")
+    solver: Literal["euler"] | None = Field(None, description="The only one that is served.")
+
+    @field_validator(*NUMBERS)
+    @classmethod
+    def _is_in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
+        limits = cast("Limits", info.context)
+        low, high = limits.bounds(str(info.field_name), info.data.get("n") or 1)
+        if value is not None and not low <= value <= high:
+            raise ValueError
+        return value
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _is_interval(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 <= value[0] <= value[1] <= 1:
+            raise ValueError
+        return value
+
+    @property
+    def image_format(self) -> ImageFormat:
+        return self.format or "png"
+
+    def specs(self, limits: Limits) -> list[ImageSpec]:
+        """The images asked for, all defaults filled in. Needs a request of `read_request`."""
+        defaults, n = limits.defaults, self.n or 1
+        label = self.class_id
+        if label is None:
+            label = (
+                limits.classes.index(self.class_name) if self.class_name else len(limits.classes)
+            )
+        first_seed = secrets.randbelow(SEEDS - n + 1) if self.seed is None else self.seed
+        return [
+            ImageSpec(
+                class_label=limits.null_label if label is None else label,
+                seed=first_seed + i,
+                steps=self.steps or defaults.steps,
+                cfg=self.cfg or defaults.cfg,
+                guidance_method=self.guidance_method or defaults.guidance_method,
+                guidance_interval=self.guidance_interval or defaults.guidance_interval,
+            )
+            for i in range(n)
+        ]
+
+
+def parse_request(body: bytes, limits: Limits) -> GenerateRequest:
+    """Raises MalformedBodyError or InvalidRequestError."""
+    try:
+        values = json.loads(body)
+    except RecursionError as error:
+        raise MalformedBodyError("the body is nested too deeply; send one flat object") from error
+    except ValueError as error:
+        reason = clean(str(error)) if body else "it is empty"
+        raise MalformedBodyError(f"the body is not JSON: {reason}") from error
+    if not isinstance(values, dict):
+        raise MalformedBodyError(f"the body is {shown(values)}; send a JSON object")
+    return read_request(values, limits)
+
+
+def read_request(values: Mapping[str, Any], limits: Limits) -> GenerateRequest:
+    """Raises InvalidRequestError that names every field that is out of range."""
+    try:
+        request = GenerateRequest.model_validate(values, context=limits)
+    except ValidationError as error:
+        # A field name that is not Unicode has no location.
+        names = dict.fromkeys(str(e["loc"][0]) if e["loc"] else "" for e in error.errors())
+        raise InvalidRequestError([_refused(name, values, limits) for name in names]) from None
+    problems = list(_problems(request, limits))
+    if problems:
+        raise InvalidRequestError(problems)
+    return request
+
+
+def _refused(name: str, values: Mapping[str, Any], limits: Limits) -> Detail:
+    n = values.get("n")
+    n = n if type(n) is int and 1 <= n <= limits.max_images else 1
+    if not name:
+        name = next(key for key in values if clean(key) != key)
+    if name not in GenerateRequest.model_fields:
+        fields = ", ".join(GenerateRequest.model_fields)
+        return Detail(clean(name), shown(values[name]), f"no such field; the fields are {fields}")
+    return Detail(name, shown(values[name]), limits.allowed(name, n))
+
+
+def _problems(request: GenerateRequest, limits: Limits) -> Iterator[Detail]:
+    """What no field says alone."""
+    name, label = request.class_name, request.class_id
+    labels = [i for i, known in enumerate(limits.classes) if known == name]
+    if name is not None and not labels:
+        yield Detail("class_name", shown(name), limits.allowed("class_name"))
+    elif name is not None and label is not None and label not in labels:
+        these = " or ".join(map(str, labels))
+        yield Detail("class_id", f"{label} beside class_name {shown(name)}", f"{these}, or none")
+    elif name is not None and label is None and len(labels) > 1:
+        these = " and ".join(map(str, labels))
+        yield Detail("class_name", shown(name), f"give class_id: {these} have this name")
+    if name is None and label is None and not limits.has_null_label:
+        yield Detail("class_id", "null", limits.allowed("class_id"))
+    method = request.guidance_method or limits.defaults.guidance_method
+    guided = (request.cfg or limits.defaults.cfg) > 1
+    if method not in limits.methods and (guided or request.guidance_method):
+        yield Detail("guidance_method", shown(method), limits.allowed("guidance_method"))
+
+
+def request_body(limits: Limits) -> dict[str, Any]:
+    """The body for OpenAPI, with this server's ranges and examples that work."""
+    schema = GenerateRequest.model_json_schema()
+    for name, field in schema["properties"].items():
+        field["description"] += f" Allowed: {limits.allowed(name)}."
+        if name in NUMBERS:
+            low, high = limits.bounds(name)
+            field["anyOf"][0] |= {"minimum": low, "maximum": high}
+    label, steps = min(7, len(limits.classes) - 1), min(50, limits.max_steps)
+    examples: dict[str, dict[str, Any]] = {
+        "one image": {"class_id": label, "steps": steps},
+        "the same image each time": {"class_name": limits.classes[label], "seed": 7},
+        "several, as JSON": {"class_id": label, "n": min(4, limits.max_images), "format": "webp"},
+    }
+    if limits.has_null_label:
+        examples["guided in an interval"] = {
+            "class_id": label,
+            "cfg": 1.5,
+            "guidance_method": "cfg",
+            "guidance_interval": [0.1, 0.9],
+        }
+        examples["unconditional"] = {"class_id": None, "cfg": 1.0}
+    if limits.has_guide:
+        examples["guided by the weaker model"] = {
+            "class_id": label,
+            "cfg": 1.5,
+            "guidance_method": "autoguidance",
+        }
+    content = {"schema": schema, "examples": {k: {"value": v} for k, v in examples.items()}}
+    return {"required": True, "content": {"application/json": content}}
+
+
+class GeneratedImage(BaseModel):
+    seed: int
+    class_id: int | None
+    class_name: str | None
+    mime_type: str
+    data: str = Field(description="The image file in base64.")
+
+
+class GenerateResponse(BaseModel):
+    """Every image can be made again alone, from its own seed."""
+
+    request_id: str
+    images: list[GeneratedImage]
+    steps: int
+    evaluations: int = Field(description="Of the model, for each image: steps − 1.")
+    cfg: float
+    guidance_method: str
+    guidance_interval: tuple[float, float]
+    checkpoint_sha256: str
+    timings_ms: dict[str, float]
+
+
+class ErrorDetail(BaseModel):
+    field: str
+    value: str
+    allowed: str
+
+
+class ErrorBody(BaseModel):
+    type: str
+    message: str
+    details: list[ErrorDetail]
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorBody
+    request_id: str
+
+
+class ClassItem(BaseModel):
+    class_id: int
+    name: str
+
+
+class Health(BaseModel):
+    status: Literal["ok", "not ready"]
+    reasons: list[str] = []
+
+
+class ModelInfo(BaseModel):
+    """What a checkpoint folder holds."""
+
+    name: str
+    sha256: str = Field(description="Of config.json, which holds the other files' own.")
+    source: str
+    license: str
+    num_classes: int
+    image_size: int
+    latent_shape: tuple[int, int, int]
+    shift: float
+    parameters: dict[str, int]
+    configurations: dict[str, dict[str, Any]]
+    defaults: dict[str, Any]
+    guidance_methods: list[str]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, limits: Limits) -> Self:
+        config = checkpoint.config
+        parts = {
+            "dit_dh": (checkpoint.dit_dh, config.dit_dh),
+            "decoder": (checkpoint.rae.decoder, config.decoder),
+            "guide": (checkpoint.guide, config.guide),
+        }
+        return cls(
+            name=config.name,
+            sha256=checkpoint.sha256,
+            source=config.source,
+            license=config.license,
+            num_classes=len(config.classes),
+            image_size=config.decoder.image_size,
+            latent_shape=config.dit_dh.latent_shape,
+            shift=config.shift,
+            parameters={
+                name: sum(parameter.numel() for parameter in model.parameters())
+                for name, (model, _) in parts.items()
+                if model is not None
+            },
+            configurations={name: asdict(part) for name, (_, part) in parts.items() if part},
+            defaults=asdict(config.defaults),
+            guidance_methods=list(limits.methods),
+        )
+
+
+class Info(BaseModel):
+    version: str
+    torch: str
+    python: str
+    device: str
+    precision: str
+    solver: Literal["euler"] = "euler"
+    sampler: str = "steps are grid points as published: steps − 1 evaluations of the model"
+    limits: dict[str, int | float]
+    model: ModelInfo
