@@ -69,6 +69,7 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
+        self._fail(EngineClosedError(), self._scheduler.requests)
 
     def submit(self, specs: Sequence[ImageSpec], request_id: str) -> Request:
         """Queue the images of one request; cancel it by cancelling its future.
@@ -142,18 +143,22 @@ class Engine:
                 self._metrics.images.inc(len(request.samples))
 
     def _loop(self) -> None:
-        self._warm_up()
+        try:
+            self._warm_up()
+        except Exception as error:  # e.g. out of memory: nobody may wait for what cannot come
+            log.exception("the warm-up failed")
+            self._closing = True
+            self._fail(error, self._scheduler.requests)
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._closing or self._scheduler.has_work)
                 if self._closing:
-                    break
+                    return
             try:
                 self.step()
-            except Exception as error:  # e.g. out of memory: who ran gets it, the loop goes on
+            except Exception as error:  # who ran gets it, and the loop goes on
                 log.exception("a step failed")
                 self._fail(error, {s.request for s in self._scheduler.running.values()})
-        self._fail(EngineClosedError(), self._scheduler.requests)
 
     def _warm_up(self) -> None:
         """Run the largest batch once, so that the first request finds everything loaded."""

@@ -25,9 +25,9 @@ def random_model(config: DiTDHConfig, seed: int) -> DiTDH:
 
 
 def write_tiny_checkpoint(folder: Path) -> Path:
-    """Four classes, 16 tokens of 8 channels, 16 px images, and a guide; random weights."""
+    """Four classes, 16 tokens of 32 channels, 16 px images, and a guide; random weights."""
     dit_dh = DiTDHConfig(
-        latent_channels=8,
+        latent_channels=32,
         latent_size=4,
         hidden_size=32,
         depth=2,
@@ -38,9 +38,9 @@ def write_tiny_checkpoint(folder: Path) -> Path:
         num_classes=4,
     )
     guide = DiTDHConfig(
-        latent_channels=8,
+        latent_channels=32,
         latent_size=4,
-        hidden_size=16,
+        hidden_size=32,
         depth=1,
         num_heads=2,
         head_hidden_size=32,
@@ -49,7 +49,7 @@ def write_tiny_checkpoint(folder: Path) -> Path:
         num_classes=4,
     )
     decoder = DecoderConfig(
-        latent_channels=8,
+        latent_channels=32,
         hidden_size=32,
         depth=1,
         num_heads=2,

@@ -1,0 +1,162 @@
+"""The loop with the real model: who gets in, who leaves, and what everybody gets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rae.models.checkpoint import load_checkpoint
+from rae.server.engine import Engine
+from rae.server.errors import EngineClosedError, QueueFullError
+from rae.server.metrics import Metrics
+from rae.server.request import ImageSpec, Request
+from rae.server.settings import EngineSettings
+
+TIMEOUT_S = 60
+
+
+@pytest.fixture
+def make_engine(tiny_checkpoint: Path) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def make(max_batch: int = 8, max_queue: float = 50_000) -> Engine:
+        settings = EngineSettings(
+            model=tiny_checkpoint, device="cpu", max_batch=max_batch, max_queue=max_queue
+        )
+        engine = Engine(load_checkpoint(tiny_checkpoint), settings, Metrics())
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def spec(seed: int, steps: int = 5, cfg: float = 1.5, class_label: int = 1) -> ImageSpec:
+    return ImageSpec(class_label=class_label, seed=seed, steps=steps, cfg=cfg)
+
+
+def images(request: Request) -> Sequence[np.ndarray]:
+    return request.future.result(TIMEOUT_S).images
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_an_image_is_the_same_alone_and_among_others(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_batch=8)
+    engine.start()
+    (alone,) = images(engine.submit([spec(7)], "alone"))
+    others = [
+        engine.submit([spec(100 + i, 3 + i, 1 + i / 4, i % 4)], f"other {i}") for i in range(20)
+    ]
+    among = images(engine.submit([spec(6), spec(7)], "among"))
+    for other in others:
+        assert images(other)[0].shape == (16, 16, 3)
+    np.testing.assert_array_equal(alone, among[1])
+    assert (among[0] != alone).any()
+
+
+def test_a_short_request_does_not_wait_for_a_long_one(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    long, short = engine.submit([spec(1, 400)], "long"), engine.submit([spec(2, 10)], "short")
+    for _ in range(9):
+        engine.step()
+    assert short.future.done() and not long.future.done()
+    assert long.samples[0].step == 9
+
+
+def test_a_cancelled_request_frees_its_slot_at_once(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_batch=2)
+    (expected,) = images_by_stepping(engine, [spec(3)])
+    gone, stays = engine.submit([spec(1, 900)], "gone"), engine.submit([spec(3)], "stays")
+    late = engine.submit([spec(2)], "late")
+    engine.step()
+    assert late.num_running == 0
+    engine.cancel(gone)
+    engine.step()
+    assert (late.num_running, gone.num_running) == (1, 0)
+    for _ in range(4):
+        engine.step()
+    np.testing.assert_array_equal(images(stays)[0], expected)
+    assert late.future.done()
+    with pytest.raises(CancelledError):
+        gone.future.result(0)
+
+
+def images_by_stepping(engine: Engine, specs: Sequence[ImageSpec]) -> Sequence[np.ndarray]:
+    request = engine.submit(specs, "stepped")
+    while not request.future.done():
+        engine.step()
+    return images(request)
+
+
+def test_the_queue_is_bounded_and_an_idle_engine_takes_anything(
+    make_engine: Callable[..., Engine],
+) -> None:
+    engine = make_engine(max_queue=100)
+    large = engine.submit([spec(1, 200, cfg=1.0)], "larger than the bound")
+    with pytest.raises(QueueFullError) as full:
+        engine.submit([spec(2)], "refused")
+    assert (full.value.queued, full.value.limit) == (199, 100)
+    assert full.value.retry_after_s >= 1
+    for _ in range(150):
+        engine.step()
+    accepted = engine.submit([spec(2)], "accepted")  # 49 left, 8 more
+    assert engine.queued_cost == 57
+    for _ in range(49):
+        engine.step()
+    assert large.future.done() and accepted.future.done()
+    assert engine.queued_cost == 0
+
+
+def test_a_failed_step_fails_who_ran_and_nobody_later(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_batch=1)
+    engine.start()
+    wait_until(lambda: engine.ready)
+    runner = engine._runner
+    start = runner.start
+
+    def fail_on_13(slot: int, image: ImageSpec) -> None:
+        if image.seed == 13:
+            raise RuntimeError("out of memory")
+        start(slot, image)
+
+    monkeypatch.setattr(runner, "start", fail_on_13)
+    bad, good = engine.submit([spec(13)], "bad"), engine.submit([spec(1)], "good")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bad.future.result(TIMEOUT_S)
+    assert len(images(good)) == 1
+
+
+def test_closing_fails_what_is_left_and_refuses_more(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_batch=1)
+    engine.start()
+    running, waiting = engine.submit([spec(1, 1000)], "r"), engine.submit([spec(2, 1000)], "w")
+    engine.close()
+    for request in (running, waiting):
+        with pytest.raises(EngineClosedError):
+            request.future.result(0)
+    with pytest.raises(EngineClosedError):
+        engine.submit([spec(3)], "late")
+
+
+def test_metrics_count_the_arithmetic_minimum_of_rows(
+    make_engine: Callable[..., Engine],
+) -> None:
+    engine = make_engine()
+    images_by_stepping(engine, [spec(1, 11, cfg=1.0), spec(2, 11, cfg=2.0)])
+    registry = engine._metrics.registry
+    assert registry.get_sample_value("rae_rows_evaluated_total") == 10 + 20
+    assert registry.get_sample_value("rae_images_total") == 2

@@ -1,0 +1,113 @@
+"""Rows in one batch equal `denoise()` alone, bit for bit, on a CPU."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rae.models.checkpoint import Checkpoint, load_checkpoint
+from rae.models.config import GuidanceMethod
+from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
+from rae.server.request import ImageSpec
+from rae.server.runner import Runner, resolve_device, resolve_precision
+
+CPU = torch.device("cpu")
+METHODS: tuple[GuidanceMethod, ...] = ("cfg", "autoguidance")
+
+
+def mixed_specs(count: int, steps: int, null_label: int) -> list[ImageSpec]:
+    draw = random.Random(0)
+    return [
+        ImageSpec(
+            class_label=draw.randint(0, null_label),
+            seed=draw.randrange(2**53),
+            steps=steps,
+            cfg=draw.choice([1.0, 1.5, 4.0]),
+            guidance_method=draw.choice(METHODS),
+            guidance_interval=draw.choice([(0.0, 1.0), (0.3, 0.9)]),
+        )
+        for _ in range(count)
+    ]
+
+
+def solo(checkpoint: Checkpoint, spec: ImageSpec, dtype: torch.dtype) -> np.ndarray:
+    """The reference: one image, with nobody beside it."""
+    config = checkpoint.config
+    with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        latents = denoise(
+            checkpoint.dit_dh,
+            draw_noise(config.dit_dh.latent_shape, [spec.seed]),
+            torch.tensor([spec.class_label]),
+            timesteps(spec.steps, config.shift),
+            guidance=Guidance(spec.cfg, spec.guidance_interval, spec.guidance_method),
+            null_label=config.dit_dh.null_label,
+            guide=checkpoint.guide,
+        )
+        return to_uint8(checkpoint.rae.decode(latents))[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_batch_size_gives_the_bits_of_denoise(
+    tiny_checkpoint: Path, dtype: torch.dtype
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    runner = Runner(checkpoint, CPU, dtype, num_slots=40)
+    specs = mixed_specs(40, steps=4, null_label=4)
+    expected = [solo(checkpoint, spec, dtype) for spec in specs]
+    assert len({image.tobytes() for image in expected}) == 40
+    for batch in range(1, 41):
+        slots = random.Random(batch).sample(range(40), batch)
+        for slot in slots:
+            runner.start(slot, specs[slot])
+        for step in range(3):
+            runner.step([(slot, step) for slot in slots])
+        for slot, image in zip(slots, runner.decode(slots), strict=True):
+            np.testing.assert_array_equal(image, expected[slot], f"slot {slot} of {batch}")
+
+
+def test_rows_at_different_steps_do_not_meet(tiny_checkpoint: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    runner = Runner(checkpoint, CPU, torch.float32, num_slots=3)
+    long, short = mixed_specs(2, steps=9, null_label=4)
+    short = ImageSpec(class_label=1, seed=5, steps=3, cfg=2.0)
+    runner.start(2, long)
+    for step in range(4):
+        runner.step([(2, step)])
+    runner.start(0, short)
+    for step in range(2):
+        runner.step([(0, step), (2, 4 + step)])
+    np.testing.assert_array_equal(runner.decode([0])[0], solo(checkpoint, short, torch.float32))
+    for step in range(6, 8):
+        runner.step([(2, step)])
+    np.testing.assert_array_equal(runner.decode([2])[0], solo(checkpoint, long, torch.float32))
+
+
+def test_second_branches_are_planned_only_inside_the_interval(tiny_checkpoint: Path) -> None:
+    runner = Runner(load_checkpoint(tiny_checkpoint), CPU, torch.float32, num_slots=1)
+    spec = ImageSpec(class_label=1, seed=0, steps=11, cfg=2.0, guidance_interval=(0.25, 0.75))
+    plan = runner.plan(spec)
+    times = timesteps(11, 1.5)[:-1].tolist()
+    assert list(plan.guided) == [0.25 <= t <= 0.75 for t in times]
+    assert plan.costs[0] == 10 + sum(plan.guided) and plan.costs[-1] == 0.0
+    off = ImageSpec(class_label=1, seed=0, steps=11, cfg=1.0)
+    null = ImageSpec(class_label=4, seed=0, steps=11, cfg=2.0)
+    for unguided in (off, null):
+        assert runner.plan(unguided).costs[0] == 10.0
+    auto = ImageSpec(class_label=1, seed=0, steps=3, cfg=2.0, guidance_method="autoguidance")
+    assert 2.0 < runner.plan(auto).costs[0] < 4.0, "the guide is smaller than the model"
+
+
+def test_what_is_missing_is_refused_by_name() -> None:
+    assert resolve_device("cpu") == CPU
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="'cuda' is not available.*cpu"):
+            resolve_device("cuda")
+    with pytest.raises(ValueError, match="'tpu' is not one of auto, cuda, mps, cpu"):
+        resolve_device("tpu")
+    with pytest.raises(ValueError, match="'fp8' is not one of auto, fp32, bf16"):
+        resolve_precision("fp8", CPU)
+    assert resolve_precision("auto", CPU) == torch.float32
