@@ -70,12 +70,12 @@ def relative_error(output: Tensor, reference: Tensor) -> float:
 
 def check_folder(folder: Path) -> Iterator[Result]:
     """Every comparison of a folder. Raises ValueError for a file that is not understood."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         if path.name == "manifests.json":
             yield from check_manifests(json.loads(path.read_text()))
         elif path.name.endswith((".model.safetensors", ".guide.safetensors")):
             stem = path.name.rsplit(".", 2)[0]
-            if not (folder / f"{stem}.io.safetensors").exists():
+            if not path.with_name(f"{stem}.io.safetensors").exists():
                 raise ValueError(f"{path.name} has no {stem}.io.safetensors beside it")
         elif path.suffix == ".safetensors":
             yield from check_file(path)
@@ -156,7 +156,7 @@ def check_decoder(path: Path, stem: str, io: dict[str, Tensor]) -> Iterator[Resu
     rae = RAE(config, image_mean=mean, image_std=std)
     load_strictly(rae.decoder, read_tensors(model_path), model_path)
     rae.latents_mean, rae.latents_var = io.get("latent_mean"), io["latent_var"]
-    rae.eps = io["eps"]
+    rae.eps = io.get("eps", rae.eps)
     with torch.no_grad():
         error = relative_error(rae.decode(io["z"]), io["image"])
     yield Result(f"{stem} image", error, FORWARD_BOUND)
@@ -200,11 +200,14 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="a folder of the golden format")
     folder = parser.parse_args().folder
     results: list[Result] = []
-    for result in check_folder(folder):
-        results.append(result)
-        verdict = "ok" if result.passed else "FAILED"
-        line = f"{result.name:<48} {result.error:9.2e}  bound {result.bound:7.1e}  {verdict}"
-        sys.stdout.write(line + "\n")
+    try:
+        for result in check_folder(folder):
+            results.append(result)
+            verdict = "ok" if result.passed else "FAILED"
+            line = f"{result.name:<48} {result.error:9.2e}  bound {result.bound:7.1e}  {verdict}"
+            sys.stdout.write(line + "\n")
+    except (OSError, ValueError) as error:
+        sys.exit(f"parity: {error}")
     failed = sum(not result.passed for result in results)
     sys.stdout.write(f"{len(results)} outputs compared, {failed} above their bound\n")
     return 1 if failed or not results else 0

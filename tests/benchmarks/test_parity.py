@@ -1,0 +1,60 @@
+"""The published implementation's numbers, through the command that people run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def run_parity(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "benchmarks" / "parity.py", folder]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110)
+
+
+def test_every_golden_output_is_reproduced() -> None:
+    result = run_parity(GOLDEN)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[-1].endswith("0 above their bound")
+    assert sum("manifest" in line for line in lines) == 14
+    for output in (
+        "euler_autoguidance_1.42",
+        "heun2_final",
+        "midpoint_final",
+        "v_cfg_2.5_interval",
+    ):
+        assert any(f"ditdh_a {output}" in line for line in lines), output
+    assert any("ditdh_qknorm v " in line for line in lines)
+
+
+def test_a_wrong_number_is_found(tmp_path: Path) -> None:
+    for name in ("decoder_a.model.safetensors", "decoder_a.io.safetensors"):
+        shutil.copy(GOLDEN / name, tmp_path / name)
+    path = tmp_path / "decoder_a.io.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    tensors["image"] = tensors["image"] * (1 + 2e-5)
+    save_file(tensors, path, metadata)
+    result = run_parity(tmp_path)
+    assert result.returncode == 1
+    assert "FAILED" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["", "stranger.safetensors"])
+def test_a_folder_without_file_sets_is_no_success(tmp_path: Path, name: str) -> None:
+    if name:
+        save_file({"a": torch.zeros(1)}, tmp_path / name)
+    result = run_parity(tmp_path)
+    assert result.returncode == 1
+    if name:
+        assert "unknown contents" in result.stderr

@@ -1,0 +1,158 @@
+"""Checkpoint folders: what is written is read back, and what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rae.models.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    file_sha256,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+)
+from rae.models.sampling import draw_noise
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+
+
+def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+
+
+def edit_tensors(folder: Path, name: str, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / name)
+    edit(tensors)
+    save_file(tensors, folder / name)
+
+
+def test_a_saved_checkpoint_computes_the_same(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    first = load_checkpoint(tiny_checkpoint)
+    assert first.guide is not None
+    config = save_checkpoint(tmp_path, first.config, first.dit_dh, first.rae, first.guide)
+    second = load_checkpoint(tmp_path)
+    assert second.config == first.config == config
+    noise, t, y = draw_noise((32, 4, 4), [1, 2]), torch.tensor([0.3, 0.9]), torch.tensor([0, 4])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            second.dit_dh(noise, t, y), first.dit_dh(noise, t, y), rtol=0, atol=0
+        )
+        torch.testing.assert_close(
+            second.rae.decode(noise), first.rae.decode(noise), rtol=0, atol=0
+        )
+
+
+def test_the_files_sha256_is_recorded(tiny_checkpoint: Path) -> None:
+    config, sha256 = read_config(tiny_checkpoint)
+    files = {path.name for path in tiny_checkpoint.glob("*.safetensors")}
+    assert config.sha256.keys() == files
+    for name, value in config.sha256.items():
+        assert file_sha256(tiny_checkpoint / name) == value
+    assert file_sha256(tiny_checkpoint / "config.json") == sha256
+
+
+def test_wrong_tensors_are_listed_together(folder: Path) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        del tensors["blocks.0.attn.qkv.weight"]
+        tensors["blocks.9.attn.qkv.weight"] = torch.zeros(2)
+        tensors["pos_embed"] = torch.zeros(1, 9, 32)
+        tensors["t_embedder.W"] = torch.zeros(256, dtype=torch.int64)
+
+    edit_tensors(folder, "dit_dh.safetensors", edit)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(folder)
+    message = str(error.value)
+    assert "missing blocks.0.attn.qkv.weight [96, 32]" in message
+    assert "unexpected blocks.9.attn.qkv.weight [2]" in message
+    assert "pos_embed is [1, 9, 32], expected [1, 16, 32]" in message
+    assert "t_embedder.W is torch.int64, expected a floating type" in message
+
+
+@pytest.mark.parametrize("name", ["dit_dh", "decoder", "guide"])
+@pytest.mark.parametrize("size", [0, 7, 1000, -1])
+def test_a_truncated_file_is_named(folder: Path, name: str, size: int) -> None:
+    path = folder / f"{name}.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=rf"{name}\.safetensors is missing, truncated"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(colour=1), "unknown key 'colour' for CheckpointConfig"),
+        (lambda c: c["dit_dh"].update(colour=1), "unknown key 'colour' for DiTDHConfig"),
+        (lambda c: c["dit_dh"].pop("depth"), "DiTDHConfig: .*'depth'"),
+        (lambda c: c["dit_dh"].update(depth=-2), "depth -2 is not a positive number"),
+        (lambda c: c["dit_dh"].update(num_heads=5), "hidden_size 32 must be num_heads 5 times"),
+        (lambda c: c.update(format_version=2), "format_version 2; this rae-server reads 1 to 1"),
+        (lambda c: c.pop("format_version"), "format_version None"),
+        (lambda c: c["classes"].pop(), "3 class names for num_classes 4"),
+        (lambda c: c["decoder"].update(grid=8), r"\(32, 4, 4\) of dit_dh, \(32, 8, 8\) of decoder"),
+        (lambda c: c["defaults"].update(steps=1), "steps 1: a grid has at least 2 points"),
+        (lambda c: c.update(shift=-1), "shift -1 is not a positive number"),
+        (lambda c: c.update(image_std=[1]), "image_std .* does not have 3 channels"),
+        (lambda c: c["guide"].update(num_classes=9), "guide and dit_dh differ"),
+    ],
+)
+def test_a_wrong_configuration_is_named(
+    folder: Path, edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    edit_config(folder, edit)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+def test_a_broken_configuration_is_refused(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_checkpoint(folder)
+
+
+def test_what_is_no_checkpoint_folder_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no readable config.json"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+def test_statistics_broadcast_and_the_mean_may_be_absent(folder: Path) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        del tensors["latents_mean"]
+        tensors["latents_var"] = torch.full((32, 1, 1), 4.0)
+
+    edit_tensors(folder, "decoder.safetensors", edit)
+    rae = load_checkpoint(folder).rae
+    assert rae.latents_mean is None
+    assert rae.latents_std.shape == (32, 4, 4)
+    torch.testing.assert_close(rae.latents_std[3, 2, 1].item(), (4 + 1e-5) ** 0.5)
+    edit_tensors(folder, "decoder.safetensors", lambda t: t.update(latents_var=torch.ones(5)))
+    with pytest.raises(CheckpointError, match=r"latents_var \(5,\) for \(32, 4, 4\)"):
+        load_checkpoint(folder)
+
+
+def test_an_encoder_that_is_not_there_is_said(tiny_checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no encoder"):
+        load_checkpoint(tiny_checkpoint, with_encoder=True)
+
+
+def test_a_configuration_survives_json(tiny_checkpoint: Path) -> None:
+    config, _ = read_config(tiny_checkpoint)
+    config = replace(config, guide=None, notes={"a": [1, 2.5]})
+    assert CheckpointConfig.from_json(config.to_json()) == config
