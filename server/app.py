@@ -9,7 +9,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -21,6 +21,7 @@ from rae.models.checkpoint import Checkpoint
 from rae.server import errors
 from rae.server.engine import Engine
 from rae.server.generate import Generate
+from rae.server.images import mime_type
 from rae.server.limits import Limits
 from rae.server.metrics import Metrics
 from rae.server.schemas import (
@@ -32,7 +33,7 @@ from rae.server.schemas import (
     ModelInfo,
     request_body,
 )
-from rae.server.settings import ServeSettings, server_version
+from rae.server.settings import ImageFormat, ServeSettings, server_version
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 EXPOSED_HEADERS = ("X-Seed", "X-Request-Id", "X-Evaluations", "Server-Timing", "Retry-After")
@@ -57,7 +58,6 @@ def create_app(
         title="rae-server",
         version=server_version(),
         description=SUMMARY,
-        root_path=settings.root_path,
         lifespan=lifespan,
     )
     app.add_middleware(RequestIdMiddleware)
@@ -107,7 +107,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
             errors.EngineClosedError,
         )
     }
-    images = {f"image/{name}": {} for name in ("png", "jpeg", "webp")}
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    images = {mime_type(format): binary for format in get_args(ImageFormat)}
     images_or_json = {"model": GenerateResponse, "content": images}
     app.add_api_route(
         "/generate",

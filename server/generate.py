@@ -157,10 +157,8 @@ def accepts_image(accept: str | None) -> bool:
     qualities = {}
     for item in accept.lower().split(","):
         name, *parameters = (part.strip() for part in item.split(";"))
-        weights = [p[2:] for p in parameters if p.startswith("q=")]
-        qualities[name] = (
-            float(weights[0]) if weights and re.fullmatch(r"[\d.]+", weights[0]) else 1.0
-        )
+        weights = [part[2:] for part in parameters if QUALITY.fullmatch(part)]
+        qualities[name] = float(weights[0]) if weights else 1.0
     json = max(qualities.get(name, 0.0) for name in ("application/json", "application/*"))
     image = max((q for name, q in qualities.items() if name.startswith("image/")), default=0.0)
     return image >= json if image or json else qualities.get("*/*", 0.0) > 0

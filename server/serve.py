@@ -73,6 +73,7 @@ def prepare(settings: ServeSettings, say: Callable[[str], None]) -> Server:
     config = uvicorn.Config(
         create_app(engine, checkpoint, metrics, settings),
         log_level=settings.log_level,
+        root_path=settings.root_path,
         timeout_graceful_shutdown=GRACE_S,
         backlog=BACKLOG,
     )

@@ -110,7 +110,7 @@ class ServeSettings(EngineSettings):
     root_path: Annotated[
         str,
         typer.Option(
-            help="Path under which a proxy publishes the server, as /rae.",
+            help="Prefix that a proxy puts before the paths and takes off, as /rae.",
             envvar="RAE_ROOT_PATH",
             rich_help_panel=HTTP,
         ),

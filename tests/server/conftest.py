@@ -1,0 +1,97 @@
+"""A server in this process, and real ones in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from rae.models.checkpoint import load_checkpoint
+from rae.server.app import create_app
+from rae.server.engine import Engine
+from rae.server.metrics import Metrics
+from rae.server.settings import ServeSettings
+
+START_S = 60
+STOP_S = 20
+
+MakeClient = Callable[..., AbstractContextManager[TestClient]]
+Serve = Callable[..., AbstractContextManager[tuple[str, subprocess.Popen[bytes]]]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    # Two threads on two busy cores: 10 s for 50 steps of the tiny model; one thread: 0.1 s.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_client(tiny_checkpoint: Path) -> MakeClient:
+    """A client of an app whose engine runs the tiny checkpoint."""
+
+    @contextmanager
+    def make(folder: Path = tiny_checkpoint, **settings: object) -> Iterator[TestClient]:
+        chosen = ServeSettings(**({"device": "cpu", "max_batch": 8} | settings))  # type: ignore[arg-type]
+        checkpoint, metrics = load_checkpoint(folder), Metrics()
+        engine = Engine(checkpoint, chosen, metrics)
+        metrics.watch(engine, checkpoint.config.name)
+        app = create_app(engine, checkpoint, metrics, chosen)
+        with TestClient(app, root_path=chosen.root_path, raise_server_exceptions=False) as client:
+            wait_until(lambda: engine.ready)
+            yield client
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def client(make_client: MakeClient) -> Iterator[TestClient]:
+    with make_client() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def child_environment() -> dict[str, str]:
+    outer = {key: value for key, value in os.environ.items() if not key.startswith("RAE_")}
+    return outer | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+
+
+@pytest.fixture(scope="session")
+def serve(
+    tiny_checkpoint: Path,
+    child_environment: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Serve:
+    """`rae serve` on a free port: yields its URL, once it said that it is ready, and process."""
+
+    @contextmanager
+    def start(*flags: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+        log = tmp_path_factory.mktemp("serve") / "log"
+        command = [sys.executable, "-P", "-m", "rae.server", "serve", "--port", "0"]
+        command += ["--model", str(tiny_checkpoint), "--device", "cpu", "--max-batch", "8", *flags]
+        with log.open("wb") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=child_environment)
+        try:
+            wait_until(lambda: "Try:" in log.read_text() or process.poll() is not None, START_S)
+            lines = [line for line in log.read_text().splitlines() if line.startswith("Ready: ")]
+            assert lines, log.read_text()
+            yield lines[0].split()[1], process
+        finally:
+            process.kill()
+            process.wait(STOP_S)
+
+    return start
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.01)

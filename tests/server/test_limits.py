@@ -1,0 +1,104 @@
+"""What a checkpoint cannot do is refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from rae.models.checkpoint import SamplerDefaults
+from rae.server.errors import InvalidRequestError
+from rae.server.limits import Limits, shown
+from rae.server.schemas import read_request, request_body
+
+EVERYTHING = Limits(
+    classes=("cat", "crane", "dog", "crane"),
+    defaults=SamplerDefaults(steps=50, cfg=1.5),
+    has_null_label=True,
+    has_guide=True,
+    max_steps=100,
+    max_images=4,
+)
+NO_NULL = replace(EVERYTHING, has_null_label=False)
+NO_GUIDE = replace(EVERYTHING, has_guide=False)
+NOTHING = replace(NO_NULL, has_guide=False)
+
+
+@pytest.mark.parametrize(
+    ("limits", "values", "message"),
+    [
+        (
+            EVERYTHING,
+            {"class_name": "crane"},
+            'class_name is "crane"; allowed: give class_id: 1 and 3 have this name',
+        ),
+        (
+            EVERYTHING,
+            {"class_id": 2, "class_name": "crane"},
+            'class_id is 2 beside class_name "crane"; allowed: 1 or 3, or none',
+        ),
+        (NO_NULL, {"cfg": 1}, "class_id is null; allowed: an integer from 0 to 3"),
+        (
+            NO_NULL,
+            {"class_id": 1},
+            'guidance_method is "cfg"; allowed: autoguidance with this checkpoint',
+        ),
+        (
+            NO_GUIDE,
+            {"class_id": 1, "guidance_method": "autoguidance"},
+            'guidance_method is "autoguidance"; allowed: cfg with this checkpoint',
+        ),
+        (
+            NOTHING,
+            {"class_id": 1, "cfg": 2},
+            'guidance_method is "cfg"; allowed: none with this checkpoint',
+        ),
+    ],
+)
+def test_refused(limits: Limits, values: dict, message: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        read_request(values, limits)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("limits", "values", "label"),
+    [
+        (EVERYTHING, {"class_id": 3, "class_name": "crane"}, 3),
+        (EVERYTHING, {"class_name": "dog"}, 2),
+        (EVERYTHING, {}, 4),
+        (NO_NULL, {"class_id": 1, "guidance_method": "autoguidance"}, 1),
+        (NOTHING, {"class_id": 1, "cfg": 1}, 1),
+    ],
+)
+def test_accepted(limits: Limits, values: dict, label: int) -> None:
+    (spec,) = read_request(values, limits).specs(limits)
+    assert spec.class_label == label
+
+
+def test_random_seeds_leave_room_for_all_images() -> None:
+    for _ in range(100):
+        specs = read_request({"n": 4}, EVERYTHING).specs(EVERYTHING)
+        seeds = [spec.seed for spec in specs]
+        assert seeds == list(range(seeds[0], seeds[0] + 4))
+        assert 0 <= seeds[0] <= 2**53 - 4
+
+
+def test_the_documentation_says_what_is_allowed() -> None:
+    content = request_body(NOTHING)["content"]["application/json"]
+    properties = content["schema"]["properties"]
+    assert properties["steps"]["anyOf"][0] == {"type": "integer", "minimum": 2, "maximum": 100}
+    assert properties["guidance_method"]["description"].endswith(
+        "Allowed: none with this checkpoint."
+    )
+    assert content["schema"]["additionalProperties"] is False
+    assert len(content["examples"]) == 3
+
+
+def test_shown_is_short_and_printable() -> None:
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert shown(nested) == "a deeply nested value"
+    assert shown("é\ud800") == r'"é\ud800"'
+    assert len(shown(["x" * 1000])) == 81
