@@ -3,6 +3,9 @@ SHELL := /bin/bash
 BIN := .venv/bin
 ROOMS := $(wildcard server kernels models training)
 
+# As the `rae` command sets it; server/cli.py says why.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: install serve test test-slow check wheel clean typecheck-links
 
 install: .venv/.installed

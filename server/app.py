@@ -165,7 +165,9 @@ class Service:
         if self.engine.ready:
             return Health(status="ok")
         response.status_code = 503
-        return Health(status="not ready", reasons=["the model is warming up"])
+        return Health(
+            status="not ready", reasons=[self.engine.failure or "the model is warming up"]
+        )
 
     def scrape(self) -> Response:
         return Response(self.metrics.render(), headers={"content-type": self.metrics.content_type})

@@ -36,12 +36,14 @@ class Engine:
         self.precision = "bf16" if precision.itemsize == 2 else "fp32"
         self.max_queue = settings.max_queue
         self.ready = False
+        self.failure: str | None = None
         self._metrics = metrics
         self._runner = Runner(checkpoint, device, precision, settings.max_batch)
         self._scheduler = Scheduler(settings.max_batch)
         self._num_slots = settings.max_batch
         self._wake = threading.Condition()
         self._closing = False
+        self._stepping: list[Sample] = []
         self._rate = 0.0  # cost per second, smoothed
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -100,7 +102,7 @@ class Engine:
         with self._wake:
             self._scheduler.drop_cancelled()
             admitted = self._scheduler.admit()
-            running = list(self._scheduler.running.values())
+            self._stepping = running = list(self._scheduler.running.values())
         self._start(admitted)
         if not running:
             return
@@ -147,6 +149,7 @@ class Engine:
             self._warm_up()
         except Exception as error:  # e.g. out of memory: nobody may wait for what cannot come
             log.exception("the warm-up failed")
+            self.failure = f"the warm-up failed: {type(error).__name__}: {error}"
             self._closing = True
             self._fail(error, self._scheduler.requests)
         while True:
@@ -158,7 +161,7 @@ class Engine:
                 self.step()
             except Exception as error:  # who ran gets it, and the loop goes on
                 log.exception("a step failed")
-                self._fail(error, {s.request for s in self._scheduler.running.values()})
+                self._fail(error, {sample.request for sample in self._stepping})
 
     def _warm_up(self) -> None:
         """Run the largest batch once, so that the first request finds everything loaded."""

@@ -41,15 +41,22 @@ class Server(uvicorn.Server):
 
     async def announce_when_ready(self) -> None:
         while not self.engine.ready:
+            if self.engine.failure:
+                self.should_exit = True
+                return
             await asyncio.sleep(0.05)
         self.announce()
 
-    def serve_until_stopped(self) -> None:
-        """Until SIGTERM or SIGINT; what runs then is finished, for at most GRACE_S."""
+    def serve_until_stopped(self) -> str | None:
+        """Until SIGTERM or SIGINT; what runs then is finished, for at most GRACE_S.
+
+        Returns why it stopped by itself, if it did.
+        """
         # uvicorn raises the signal that stopped it once more: the default would end us by it.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         self.run([self.listener])
+        return self.engine.failure
 
 
 def prepare(settings: ServeSettings, say: Callable[[str], None]) -> Server:

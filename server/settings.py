@@ -84,7 +84,7 @@ class EngineSettings(ModelSettings):
             min=1,
             rich_help_panel=ENGINE,
         ),
-    ] = 50_000
+    ] = 150_000
 
 
 @dataclass(frozen=True, kw_only=True)

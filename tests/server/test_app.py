@@ -55,7 +55,7 @@ def test_info(client: TestClient, tiny_checkpoint: Path) -> None:
         "max_images": 64,
         "max_body_bytes": 65536,
         "max_batch": 8,
-        "max_queue": 50000,
+        "max_queue": 150000,
     }
     model = info["model"]
     assert (model["name"], model["sha256"], model["license"]) == ("tiny", checkpoint.sha256, "MIT")
@@ -115,7 +115,7 @@ def test_every_request_is_counted_once(make_client: MakeClient) -> None:
     assert found["rae_queue_seconds_count"] == 2
     assert found["rae_waiting_images"] == found["rae_running_images"] == 0
     assert found["rae_queued_evaluations"] == pytest.approx(0)
-    assert found["rae_queue_limit_evaluations"] == 50_000
+    assert found["rae_queue_limit_evaluations"] == 150_000
     assert found["rae_build_info"] == 1
 
 
@@ -139,7 +139,7 @@ def test_a_full_queue_is_429_and_then_free(make_client: MakeClient) -> None:
     assert (found["done"], found["rejected"]) == (3, 1)
 
 
-@pytest.mark.parametrize("stage", ["start", "step"])
+@pytest.mark.parametrize("stage", ["start", "step", "decode"])
 def test_an_engine_that_fails_is_500_and_the_next_request_passes(
     make_client: MakeClient, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:

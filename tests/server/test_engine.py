@@ -140,6 +140,24 @@ def test_a_failed_step_fails_who_ran_and_nobody_later(
     assert len(images(good)) == 1
 
 
+def test_a_failed_warm_up_is_said_and_nobody_waits(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(slots: Sequence[int]) -> list[np.ndarray]:
+        raise RuntimeError("out of memory")
+
+    engine = make_engine()
+    monkeypatch.setattr(engine._runner, "decode", fail)
+    waiting = engine.submit([spec(1)], "waiting")
+    engine.start()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        waiting.future.result(TIMEOUT_S)
+    assert engine.failure == "the warm-up failed: RuntimeError: out of memory"
+    assert not engine.ready
+    with pytest.raises(EngineClosedError):
+        engine.submit([spec(2)], "late")
+
+
 def test_closing_fails_what_is_left_and_refuses_more(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_batch=1)
     engine.start()

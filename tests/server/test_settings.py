@@ -73,7 +73,7 @@ def test_a_bad_setting_is_named_with_what_is_allowed(
 
 
 def test_settings_are_frozen_and_need_only_what_differs() -> None:
-    assert EngineSettings(max_batch=2).max_queue == 50_000
+    assert EngineSettings(max_batch=2).max_queue == 150_000
     with pytest.raises(AttributeError):
         EngineSettings().max_batch = 3  # type: ignore[misc]
 
