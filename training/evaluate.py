@@ -166,11 +166,12 @@ def protocol_labels(num_classes: int, per_class: int = PER_CLASS) -> Tensor:
 
 
 def save_grid(images: Tensor, columns: int, path: Path, scale: int = 1) -> None:
-    """Write images (N, 3, H, W) in [0, 1] as one PNG, `columns` a row; one pixel to scale²."""
+    """Write images (N, 3, H, W) in [0, 1] as one PNG of 64 colours, `columns` a row;
+    one pixel to scale²."""
     rows = to_uint8(images).unflatten(0, (-1, columns))  # (rows, columns, 3, H, W)
     sheet = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     sheet = sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    Image.fromarray(sheet.numpy()).save(path, optimize=True)
+    Image.fromarray(sheet.numpy()).quantize(64).save(path, optimize=True)
 
 
 def evaluate(checkpoint: Checkpoint, *, per_class: int = PER_CLASS) -> list[Criterion]:
