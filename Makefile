@@ -6,7 +6,7 @@ ROOMS := $(wildcard server kernels models training)
 # As the `rae` command sets it; server/cli.py says why.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install serve test test-slow check wheel clean typecheck-links
+.PHONY: install serve test check wheel clean typecheck-links
 
 install: .venv/.installed
 
@@ -25,9 +25,6 @@ serve: .venv/.installed
 # `python -m pytest` would put this folder, and so a namespace package `models`, on sys.path.
 test: .venv/.installed
 	$(BIN)/pytest $(ARGS)
-
-test-slow: .venv/.installed
-	$(BIN)/pytest -m slow $(ARGS)
 
 check: .venv/.installed typecheck-links
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ FORMAT_VERSION = 1
 DIT_DH_FILE = "dit_dh.safetensors"
 DECODER_FILE = "decoder.safetensors"
 GUIDE_FILE = "guide.safetensors"
+MAX_CFG = 100
 STATISTICS = ("latents_mean", "latents_var", "eps")
 
 
@@ -46,8 +48,10 @@ class SamplerDefaults:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
-        if self.steps < 2:
-            raise ValueError(f"steps {self.steps}: a grid has at least 2 points")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 2:
+            raise ValueError(f"steps {self.steps!r}: a grid has at least 2 points")
+        if not 1 <= self.cfg <= MAX_CFG:
+            raise ValueError(f"cfg {self.cfg} is not in [1, {MAX_CFG}]")
         Guidance(self.cfg, self.guidance_interval, self.guidance_method)
 
 
@@ -71,6 +75,8 @@ class CheckpointConfig:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not all(isinstance(name, str) for name in self.classes):
+            raise ValueError(f"classes {self.classes[:5]!r} are not all names")
         if len(self.classes) != self.dit_dh.num_classes:
             raise ValueError(
                 f"{len(self.classes)} class names for num_classes {self.dit_dh.num_classes}"
@@ -78,8 +84,13 @@ class CheckpointConfig:
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != 3:
                 raise ValueError(f"{name} {getattr(self, name)} does not have 3 channels")
-        if not self.shift > 0:
+        if not (math.isfinite(self.shift) and self.shift > 0):
             raise ValueError(f"shift {self.shift} is not a positive number")
+        if self.defaults.cfg > 1 and self.defaults.guidance_method not in self.guidance_methods:
+            raise ValueError(
+                f"default guidance_method {self.defaults.guidance_method!r} needs what this "
+                f"checkpoint lacks; it has {', '.join(self.guidance_methods) or 'none'}"
+            )
         decoder_shape = (self.decoder.latent_channels, self.decoder.grid, self.decoder.grid)
         if self.dit_dh.latent_shape != decoder_shape:
             raise ValueError(
@@ -88,8 +99,15 @@ class CheckpointConfig:
         if self.guide is not None and (
             self.guide.latent_shape != self.dit_dh.latent_shape
             or self.guide.num_classes != self.dit_dh.num_classes
+            or self.guide.has_null_label < self.dit_dh.has_null_label
         ):
-            raise ValueError("guide and dit_dh differ in latent shape or number of classes")
+            raise ValueError("guide and dit_dh differ in latent shape, classes or null label")
+
+    @property
+    def guidance_methods(self) -> tuple[GuidanceMethod, ...]:
+        """What this checkpoint can be guided by."""
+        cfg: tuple[GuidanceMethod, ...] = ("cfg",) if self.dit_dh.has_null_label else ()
+        return (*cfg, "autoguidance") if self.guide else cfg
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -156,16 +174,16 @@ def load_checkpoint(folder: Path, *, with_encoder: bool = False) -> Checkpoint:
     with torch.device("meta"):
         dit_dh = DiTDH(config.dit_dh)
         guide = DiTDH(config.guide) if config.guide else None
-    _load_strictly(dit_dh, folder / DIT_DH_FILE)
+    load_strictly(dit_dh, read_tensors(folder / DIT_DH_FILE), folder / DIT_DH_FILE)
     if guide is not None:
-        _load_strictly(guide, folder / GUIDE_FILE)
+        load_strictly(guide, read_tensors(folder / GUIDE_FILE), folder / GUIDE_FILE)
     rae = _load_rae(config, folder)
     if with_encoder:
         if config.encoder is None:
             raise CheckpointError(f"{folder} holds no encoder")
         try:
             rae.encoder = load_encoder(config.encoder, folder / "encoder")
-        except OSError as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{folder / 'encoder'}: {error}") from error
     return Checkpoint(config, sha256, dit_dh, rae, guide)
 
@@ -175,7 +193,8 @@ def save_checkpoint(
 ) -> CheckpointConfig:
     """Write a checkpoint folder; returns the configuration with the files' sha256.
 
-    An encoder is copied by its owner: `encoder/` is a transformers folder, hashed when present.
+    `encoder/` is a transformers folder that its owner has put there where the configuration has
+    an encoder. config.json comes last: without it a folder is no checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _save(dit_dh.state_dict(), folder / DIT_DH_FILE)
@@ -183,8 +202,10 @@ def save_checkpoint(
         _save(guide.state_dict(), folder / GUIDE_FILE)
     statistics = {key: getattr(rae, key) for key in STATISTICS if getattr(rae, key) is not None}
     _save({**rae.decoder.state_dict(), **statistics}, folder / DECODER_FILE)
-    paths = sorted([*folder.glob("*.safetensors"), *folder.glob("encoder/*")])
-    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
+    names = [DIT_DH_FILE, DECODER_FILE] + [GUIDE_FILE] * (guide is not None)
+    if config.encoder is not None:
+        names += sorted(f"encoder/{path.name}" for path in folder.glob("encoder/*"))
+    hashes = {name: file_sha256(folder / name) for name in names}
     config = replace(config, sha256=hashes)
     (folder / "config.json").write_text(config.to_json())
     return config
@@ -234,10 +255,6 @@ def _load_rae(config: CheckpointConfig, folder: Path) -> RAE:
     return rae.eval().requires_grad_(False)
 
 
-def _load_strictly(model: nn.Module, path: Path) -> None:
-    load_strictly(model, read_tensors(path), path)
-
-
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Assign `tensors` to a (meta-device) model. Raises CheckpointError that lists every
     missing, unexpected and misshapen tensor; `path` is for the message."""
@@ -265,4 +282,8 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path)
+    # Not in place: the tensors may be mapped from the very file that is replaced.
+    written = path.with_suffix(".tmp")
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, written)
+    written.chmod(0o644)  # safetensors leaves it readable by its owner alone
+    written.replace(path)

@@ -5,9 +5,10 @@ Sources: arXiv 2510.11690; github bytetriper/RAE, `src/stage2/models/DDT.py` and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_type_hints
 
 GuidanceMethod = Literal["cfg", "autoguidance"]
 
@@ -39,11 +40,7 @@ class DiTDHConfig:
     use_pos_embed: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("latent_channels", "latent_size", "num_classes"):
-            _require_positive(name, getattr(self, name))
-        for name in ("hidden_size", "depth", "num_heads"):
-            _require_positive(name, getattr(self, name))
-            _require_positive(f"head_{name}", getattr(self, f"head_{name}"))
+        require_types(self)
         for prefix in ("", "head_"):
             width, heads = (
                 getattr(self, f"{prefix}hidden_size"),
@@ -54,8 +51,9 @@ class DiTDHConfig:
                     f"{prefix}hidden_size {width} must be {prefix}num_heads {heads} times "
                     "a multiple of 4 (rotary pairs in two halves)"
                 )
-        if not 0 <= self.class_dropout_prob < 1:
-            raise ValueError(f"class_dropout_prob {self.class_dropout_prob} is not in [0, 1)")
+        dropout = self.class_dropout_prob
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"class_dropout_prob {dropout!r} is not in [0, 1)")
 
     @property
     def num_tokens(self) -> int:
@@ -119,11 +117,11 @@ class DecoderConfig:
     layer_norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _require_positive(field.name, getattr(self, field.name))
-        if self.hidden_size % self.num_heads:
+        require_types(self)
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+                f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} "
+                "and of 4 (sin-cos of rows and columns)"
             )
 
     @property
@@ -162,9 +160,22 @@ def _known(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
-def _require_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{name} {value!r} is not a positive number")
+def require_types(config: object) -> None:
+    """Integers and floats of a configuration are positive numbers, flags are booleans.
+
+    Raises ValueError that names the field. class_dropout_prob may be 0: it has a range of its own.
+    """
+    hints = get_type_hints(type(config))
+    for name, kind in hints.items():
+        value = getattr(config, name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError(f"{name} {value!r} is not true or false")
+        if kind is int and not (is_number and isinstance(value, int) and value > 0):
+            raise ValueError(f"{name} {value!r} is not a positive integer")
+        positive = is_number and math.isfinite(value) and value > 0
+        if kind is float and not positive and name != "class_dropout_prob":
+            raise ValueError(f"{name} {value!r} is not a positive number")
 
 
 _S = DiTDHConfig(hidden_size=384, depth=12, num_heads=6)

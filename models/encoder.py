@@ -62,18 +62,29 @@ class Encoder(nn.Module):
 
 
 def load_encoder(config: EncoderConfig, folder: Path) -> Encoder:
-    """From a local transformers folder. Raises ImportError that names the extra to install."""
+    """From a local transformers folder, safetensors only.
+
+    Raises ImportError that names the extra to install, OSError for a folder that cannot be read
+    and ValueError for missing or misshapen tensors.
+    """
     try:
         import transformers
     except ImportError as error:
         raise ImportError("encoders need transformers: pip install 'rae-server[train]'") from error
-    match config.kind:
-        case "dinov2":
-            model = transformers.Dinov2WithRegistersModel.from_pretrained(folder)
-        case "siglip2":
-            model = transformers.SiglipVisionModel.from_pretrained(folder)
-            # Before transformers 5 the tower sat one attribute deeper.
-            model = getattr(model, "vision_model", model)
-        case "mae":
-            model = transformers.ViTMAEModel.from_pretrained(folder, mask_ratio=0.0)
-    return Encoder(config, model)
+    classes: dict[EncoderKind, Any] = {
+        "dinov2": transformers.Dinov2WithRegistersModel,
+        "siglip2": transformers.SiglipVisionModel,
+        "mae": transformers.ViTMAEModel,
+    }
+    unmasked = {"mask_ratio": 0.0} if config.kind == "mae" else {}
+    # transformers only warns of a missing tensor, and takes an absent folder for a hub's name.
+    model, loading = classes[config.kind].from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **unmasked
+    )
+    problems = [
+        f"{kind} {loading[kind]}" for kind in ("missing_keys", "mismatched_keys") if loading[kind]
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    # Before transformers 5 SigLIP's tower sat one attribute deeper.
+    return Encoder(config, getattr(model, "vision_model", model))

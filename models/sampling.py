@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,9 +77,21 @@ def timesteps(num_steps: int, shift: float) -> Tensor:
 
 
 def draw_noise(latent_shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """Noise (len(seeds), C, H, W), fp32 on the CPU: the same on every device and in every batch."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.randn(*latent_shape, generator=g) for g in generators])
+    """Noise (len(seeds), C, H, W), fp32 on the CPU: the same on every device and in every batch.
+
+    Seeds are integers from 0 to 2^53; each has noise of its own.
+    """
+    return torch.stack([_noise_of(seed, latent_shape) for seed in seeds])
+
+
+def _noise_of(seed: int, latent_shape: Sequence[int]) -> Tensor:
+    if seed < 2**32:
+        return torch.randn(*latent_shape, generator=torch.Generator().manual_seed(seed))
+    # torch's CPU generator keeps 32 bits of a seed: 5 and 5 + 2^32 would be the same image.
+    bits = np.random.MT19937(np.random.SeedSequence(seed))
+    return torch.from_numpy(
+        np.random.RandomState(bits).standard_normal(tuple(latent_shape))
+    ).float()
 
 
 def guided_velocity(

@@ -114,17 +114,28 @@ def add_routes(app: FastAPI, service: Service) -> None:
         "/generate",
         service.generate.respond,
         methods=["POST"],
-        summary="Generate images: an image for n = 1, else or where JSON is accepted JSON",
+        summary="Generate images",
+        description="One image comes back as an image; several, or where the client accepts "
+        "application/json, come back as JSON with base64.",
         response_class=JSONResponse,
         responses={200: images_or_json, **refusals},
         openapi_extra={"requestBody": request_body(service.limits)},
     )
     app.add_api_route("/classes", service.classes, summary="The classes")
-    app.add_api_route("/info", lambda: service.info, response_model=Info, summary="What runs here")
-    app.add_api_route("/health/live", lambda: Health(status="ok"), response_model=Health)
-    app.add_api_route("/health/ready", service.ready, responses={503: {"model": Health}})
+    app.add_api_route("/info", service.get_info, summary="What runs here")
+    app.add_api_route("/health/live", live, summary="Whether the process answers")
+    app.add_api_route(
+        "/health/ready",
+        service.ready,
+        responses={503: {"model": Health}},
+        summary="Whether requests are served",
+    )
     app.add_api_route("/metrics", service.scrape, response_class=Response, summary="Prometheus")
     app.add_api_route("/", to_docs, include_in_schema=False)
+
+
+def live() -> Health:
+    return Health(status="ok")
 
 
 def to_docs(http: Request) -> RedirectResponse:
@@ -160,6 +171,9 @@ class Service:
 
     def classes(self) -> list[ClassItem]:
         return [ClassItem(class_id=i, name=name) for i, name in enumerate(self.limits.classes)]
+
+    def get_info(self) -> Info:
+        return self.info
 
     def ready(self, response: Response) -> Health:
         if self.engine.ready:

@@ -6,9 +6,9 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -52,7 +52,8 @@ def print_version(is_asked: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show it.")
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     pass
@@ -98,21 +99,27 @@ def generate(settings: GenerateSettings) -> None:
         )
         engine = Engine(checkpoint, engine_settings, Metrics())
         settings.out.mkdir(parents=True, exist_ok=True)
+        request = engine.submit(specs, "rae generate")
+        engine.start()
+        images = request.future.result().images
+        engine.close()
+        for spec, image in zip(specs, images, strict=True):
+            description = describe(spec, checkpoint, engine.precision)
+            path = settings.out / f"{file_stem(description)}.{settings.format}"
+            path.write_bytes(encode(image, settings.format, description))
+            typer.echo(f"{path} (seed {spec.seed})")
     except InvalidRequestError as error:
         fail(str(error), exit_code=2)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         fail(str(error))
-    engine.start()
-    try:
-        images = engine.submit(specs, "rae generate").future.result().images
-    finally:
-        engine.close()
-    for spec, image in zip(specs, images, strict=True):
-        description = describe(spec, checkpoint, engine.precision)
-        name = re.sub(r"\W+", "-", str(description["class_name"] or "unconditional")).strip("-")
-        path = settings.out / f"{name}-seed{spec.seed}.{settings.format}"
-        path.write_bytes(encode(image, settings.format, description))
-        typer.echo(f"{path} (seed {spec.seed})")
+
+
+def file_stem(description: Mapping[str, Any]) -> str:
+    """Names may be shared by classes, so the id is in it."""
+    name = re.sub(r"\W+", "-", str(description["class_name"])).strip("-")
+    label = description["class_id"]
+    kind = "unconditional" if label is None else f"{label}-{name}"
+    return f"{kind}-seed{description['seed']}"
 
 
 def wanted(settings: GenerateSettings, names: Sequence[str]) -> list[dict[str, object]]:

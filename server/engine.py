@@ -103,20 +103,20 @@ class Engine:
             self._scheduler.drop_cancelled()
             admitted = self._scheduler.admit()
             self._stepping = running = list(self._scheduler.running.values())
-        self._start(admitted)
+        self._place(admitted)
         if not running:
             return
         cost = sum(sample.remaining_cost for sample in running)
-        started = time.monotonic()
+        started = time.perf_counter()
         self._runner.step([(sample.slot, sample.step) for sample in running])
         with self._wake:
             denoised = self._scheduler.advance()
         cost -= sum(sample.remaining_cost for sample in running)
-        self._observe(cost, time.monotonic() - started)
+        self._observe(cost, time.perf_counter() - started)
         self._deliver([sample for sample in denoised if not sample.request.future.cancelled()])
 
-    def _start(self, samples: Sequence[Sample]) -> None:
-        now = time.monotonic()
+    def _place(self, samples: Sequence[Sample]) -> None:
+        now = time.perf_counter()
         for sample in samples:
             self._runner.start(sample.slot, sample.spec)
             if not sample.request.started_at:
@@ -126,9 +126,9 @@ class Engine:
     def _deliver(self, denoised: Sequence[Sample]) -> None:
         if not denoised:
             return
-        started = time.monotonic()
+        started = time.perf_counter()
         images = self._runner.decode([sample.slot for sample in denoised])
-        now = time.monotonic()
+        now = time.perf_counter()
         self._metrics.decode_seconds.observe(now - started)
         for sample, image in zip(denoised, images, strict=True):
             sample.image = image
@@ -147,10 +147,11 @@ class Engine:
     def _loop(self) -> None:
         try:
             self._warm_up()
-        except Exception as error:  # e.g. out of memory: nobody may wait for what cannot come
+        except Exception as error:  # e.g. out of memory: whoever waits is told
             log.exception("the warm-up failed")
             self.failure = f"the warm-up failed: {type(error).__name__}: {error}"
-            self._closing = True
+            with self._wake:
+                self._closing = True
             self._fail(error, self._scheduler.requests)
         while True:
             with self._wake:
@@ -159,7 +160,7 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception as error:  # who ran gets it, and the loop goes on
+            except Exception as error:  # those in this step are told, and the loop goes on
                 log.exception("a step failed")
                 self._fail(error, {sample.request for sample in self._stepping})
 
@@ -170,9 +171,11 @@ class Engine:
         for slot in slots:
             self._runner.start(slot, spec)
         for step in range(spec.num_evaluations):
-            started = time.monotonic()
+            if self._closing:
+                return
+            started = time.perf_counter()
             self._runner.step([(slot, step) for slot in slots])
-            self._rate = self._num_slots / (time.monotonic() - started)
+            self._rate = self._num_slots / (time.perf_counter() - started)
         self._runner.decode(slots)
         self.ready = True
 

@@ -16,7 +16,7 @@ def report(folder: Path, console: Console) -> list[str]:
     """Show a checkpoint folder; returns what is wrong with its files. Raises CheckpointError."""
     checkpoint = load_checkpoint(folder)
     config = checkpoint.config
-    limits = Limits.of(config, max_steps=1000, max_images=64)
+    limits = Limits.of(config, max_steps=config.defaults.steps, max_images=1)
     model = ModelInfo.of(checkpoint, limits)
     table = Table(title=str(folder), show_header=False, title_justify="left")
     defaults = ", ".join(f"{key} {value}" for key, value in model.defaults.items())

@@ -6,11 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import Any, Self
 
-from rae.models.checkpoint import CheckpointConfig, SamplerDefaults
+from rae.models.checkpoint import MAX_CFG, CheckpointConfig, SamplerDefaults
 from rae.models.config import GuidanceMethod
 
 NUMBERS = ("class_id", "cfg", "steps", "n", "seed")
-MAX_CFG = 100
 SEEDS = 2**53  # what a JSON number holds exactly everywhere
 LISTED_CLASSES = 12
 SHOWN_CHARACTERS = 80
@@ -23,17 +22,22 @@ class Limits:
     classes: tuple[str, ...]
     defaults: SamplerDefaults
     has_null_label: bool
-    has_guide: bool
+    methods: tuple[GuidanceMethod, ...]
     max_steps: int
     max_images: int
 
     @classmethod
     def of(cls, config: CheckpointConfig, *, max_steps: int, max_images: int) -> Self:
+        if config.defaults.steps > max_steps:
+            raise ValueError(
+                f"the checkpoint's default of {config.defaults.steps} steps is above the limit of "
+                f"{max_steps} (--max-steps)"
+            )
         return cls(
             classes=config.classes,
             defaults=config.defaults,
             has_null_label=config.dit_dh.has_null_label,
-            has_guide=config.guide is not None,
+            methods=config.guidance_methods,
             max_steps=max_steps,
             max_images=max_images,
         )
@@ -47,12 +51,6 @@ class Limits:
         """The first of them, for people."""
         more = "" if len(self.classes) <= LISTED_CLASSES else ", …; GET /classes lists all"
         return ", ".join(self.classes[:LISTED_CLASSES]) + more
-
-    @property
-    def methods(self) -> tuple[GuidanceMethod, ...]:
-        """Guidance that this checkpoint can give."""
-        cfg: tuple[GuidanceMethod, ...] = ("cfg",) if self.has_null_label else ()
-        return (*cfg, "autoguidance") if self.has_guide else cfg
 
     def bounds(self, field: str, n: int = 1) -> tuple[int, int]:
         """The closed range of a number of `n` images' request."""
@@ -92,6 +90,6 @@ def shown(value: Any) -> str:  # noqa: ANN401
 
 
 def clean(text: str) -> str:
-    """Unpaired surrogates, which JSON may hold and UTF-8 may not, written out; cut."""
+    """Escape unpaired surrogates, valid in JSON and not in UTF-8, and cut to a line or two."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 200 else f"{text[:200]}…"

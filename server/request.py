@@ -68,12 +68,12 @@ class Sample:
 @dataclass(eq=False)
 class Request:
     """The future exists before the work is queued, and is always resolved; cancelling it is how
-    a request is cancelled. Times are of the monotonic clock."""
+    a request is cancelled. Times are of `perf_counter`, in seconds."""
 
     id: str
     samples: list[Sample] = field(default_factory=list)
     future: Future[Generated] = field(default_factory=Future)
-    submitted_at: float = field(default_factory=time.monotonic)
+    submitted_at: float = field(default_factory=time.perf_counter)
     started_at: float = 0.0
     num_running: int = 0
 

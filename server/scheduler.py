@@ -16,6 +16,7 @@ class Scheduler:
     def __init__(self, num_slots: int) -> None:
         self.waiting: dict[Request, deque[Sample]] = {}
         self.running: dict[int, Sample] = {}
+        self.cost = 0.0  # what is left to do, in rows of the model
         self._free = list(reversed(range(num_slots)))
 
     @property
@@ -30,21 +31,14 @@ class Scheduler:
     def num_waiting(self) -> int:
         return sum(map(len, self.waiting.values()))
 
-    @property
-    def cost(self) -> float:
-        """What is left to do, in rows of the model."""
-        queued = (sample for samples in self.waiting.values() for sample in samples)
-        return sum(s.remaining_cost for s in (*self.running.values(), *queued))
-
     def add(self, request: Request) -> None:
         self.waiting[request] = deque(request.samples)
+        self.cost += sum(sample.remaining_cost for sample in request.samples)
 
     def drop_cancelled(self) -> None:
-        """Free the slots of the requests whose future was cancelled."""
-        for request in [r for r in self.waiting if r.future.cancelled()]:
-            del self.waiting[request]
-        for sample in [s for s in self.running.values() if s.request.future.cancelled()]:
-            self._release(sample)
+        """Forget the requests whose future was cancelled."""
+        for request in [r for r in self.requests if r.future.cancelled()]:
+            self.remove(request)
 
     def admit(self) -> list[Sample]:
         """Give free slots to waiting samples: first to the request with the fewest running, so
@@ -64,7 +58,9 @@ class Scheduler:
     def advance(self) -> list[Sample]:
         """Count one evaluation for every running sample; those at their last one leave."""
         for sample in self.running.values():
+            self.cost -= sample.remaining_cost
             sample.step += 1
+            self.cost += sample.remaining_cost
         denoised = [sample for sample in self.running.values() if sample.denoised]
         for sample in denoised:
             self._release(sample)
@@ -72,7 +68,8 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Forget a request, wherever its samples are."""
-        self.waiting.pop(request, None)
+        for sample in self.waiting.pop(request, ()):
+            self.cost -= sample.remaining_cost
         for sample in [s for s in self.running.values() if s.request is request]:
             self._release(sample)
 
@@ -80,3 +77,6 @@ class Scheduler:
         del self.running[sample.slot]
         sample.request.num_running -= 1
         self._free.append(sample.slot)
+        self.cost -= sample.remaining_cost
+        if not self.has_work:
+            self.cost = 0.0  # the guide's share is no integer: sums drift

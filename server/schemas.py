@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from rae.models.checkpoint import Checkpoint
 from rae.models.config import GuidanceMethod
 from rae.server.errors import Detail, InvalidRequestError, MalformedBodyError
-from rae.server.limits import NUMBERS, SEEDS, Limits, clean, shown
+from rae.server.limits import NUMBERS, Limits, clean, shown
 from rae.server.request import ImageSpec
 from rae.server.settings import ImageFormat
 
+RANDOM_SEEDS = 2**32  # short enough to type again
 Integer = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -70,13 +71,12 @@ class GenerateRequest(BaseModel):
         defaults, n = limits.defaults, self.n or 1
         label = self.class_id
         if label is None:
-            label = (
-                limits.classes.index(self.class_name) if self.class_name else len(limits.classes)
-            )
-        first_seed = secrets.randbelow(SEEDS - n + 1) if self.seed is None else self.seed
+            name = self.class_name
+            label = limits.null_label if name is None else limits.classes.index(name)
+        first_seed = secrets.randbelow(RANDOM_SEEDS) if self.seed is None else self.seed
         return [
             ImageSpec(
-                class_label=limits.null_label if label is None else label,
+                class_label=label,
                 seed=first_seed + i,
                 steps=self.steps or defaults.steps,
                 cfg=self.cfg or defaults.cfg,
@@ -168,7 +168,7 @@ def request_body(limits: Limits) -> dict[str, Any]:
             "guidance_interval": [0.1, 0.9],
         }
         examples["unconditional"] = {"class_id": None, "cfg": 1.0}
-    if limits.has_guide:
+    if "autoguidance" in limits.methods:
         examples["guided by the weaker model"] = {
             "class_id": label,
             "cfg": 1.5,

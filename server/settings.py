@@ -15,6 +15,8 @@ from typing import Annotated, Literal, TypeVar, cast, get_type_hints
 
 import typer
 
+from rae.models.config import GuidanceMethod
+
 S = TypeVar("S", bound="ModelSettings")
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
@@ -54,7 +56,7 @@ class ModelSettings:
     precision: Annotated[
         Precision,
         typer.Option(
-            help="Of the matrix products; auto is bf16 on cuda and fp32 elsewhere.",
+            help="Precision of the matrix products; auto is bf16 on cuda and fp32 elsewhere.",
             envvar="RAE_PRECISION",
             rich_help_panel=MODEL,
         ),
@@ -131,16 +133,19 @@ class ServeSettings(EngineSettings):
     ] = "info"
     max_steps: Annotated[
         int,
-        typer.Option(help="Grid points.", envvar="RAE_MAX_STEPS", min=2, rich_help_panel=LIMITS),
+        typer.Option(help="Largest steps.", envvar="RAE_MAX_STEPS", min=2, rich_help_panel=LIMITS),
     ] = 1000
     max_images: Annotated[
         int,
-        typer.Option(help="Images.", envvar="RAE_MAX_IMAGES", min=1, rich_help_panel=LIMITS),
+        typer.Option(help="Largest n.", envvar="RAE_MAX_IMAGES", min=1, rich_help_panel=LIMITS),
     ] = 64
     max_body_bytes: Annotated[
         int,
         typer.Option(
-            help="Bytes of the body.", envvar="RAE_MAX_BODY_BYTES", min=2, rich_help_panel=LIMITS
+            help="Largest body, in bytes.",
+            envvar="RAE_MAX_BODY_BYTES",
+            min=2,
+            rich_help_panel=LIMITS,
         ),
     ] = 65_536
 
@@ -171,16 +176,18 @@ class GenerateSettings(ModelSettings):
     ] = None
     n: Annotated[int, typer.Option("-n", "--n", help="Images of each class.", min=1)] = 1
     guidance_method: Annotated[
-        Literal["cfg", "autoguidance"] | None,
+        GuidanceMethod | None,
         typer.Option(help="What guides.", show_default="checkpoint's"),
     ] = None
     guidance_interval: Annotated[
         tuple[float, float] | None,
         typer.Option(
-            metavar="LOW HIGH", help="Shifted times that guide.", show_default="checkpoint's"
+            metavar="LOW HIGH",
+            help="Closed interval of shifted time in which guidance is on.",
+            show_default="checkpoint's",
         ),
     ] = None
-    format: Annotated[ImageFormat, typer.Option(help="Of the files.")] = "png"
+    format: Annotated[ImageFormat, typer.Option(help="File format.")] = "png"
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path(".")
 
 

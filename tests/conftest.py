@@ -12,8 +12,6 @@ from rae.models.config import DecoderConfig, DiTDHConfig
 from rae.models.dit_dh import DiTDH
 from rae.models.rae import RAE
 
-GOLDEN = Path(__file__).parent / "golden"
-
 
 def random_model(config: DiTDHConfig, seed: int) -> DiTDH:
     """A DiT^DH whose every part matters: the zero initialisation would hide half of it."""

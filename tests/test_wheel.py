@@ -14,8 +14,7 @@ def copy_source(target: Path) -> None:
     """Copies what a build reads, without the build folders that may lie in a working tree."""
     target.mkdir()
     for name in ("pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, target)
+        shutil.copy(ROOT / name, target)
     for folder in (*ROOMS, "tests", "benchmarks"):
         if (ROOT / folder).exists():
             ignore = shutil.ignore_patterns("__pycache__", ".*")

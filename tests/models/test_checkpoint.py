@@ -59,6 +59,16 @@ def test_a_saved_checkpoint_computes_the_same(tiny_checkpoint: Path, tmp_path: P
         )
 
 
+def test_a_checkpoint_can_be_saved_over_itself(folder: Path) -> None:
+    loaded = load_checkpoint(folder)
+    before = load_file(folder / "dit_dh.safetensors")
+    config = save_checkpoint(folder, loaded.config, loaded.dit_dh, loaded.rae)
+    assert "guide.safetensors" not in config.sha256
+    after = load_file(folder / "dit_dh.safetensors")
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert not list(folder.glob("*.tmp"))
+
+
 def test_the_files_sha256_is_recorded(tiny_checkpoint: Path) -> None:
     config, sha256 = read_config(tiny_checkpoint)
     files = {path.name for path in tiny_checkpoint.glob("*.safetensors")}
@@ -100,7 +110,7 @@ def test_a_truncated_file_is_named(folder: Path, name: str, size: int) -> None:
         (lambda c: c.update(colour=1), "unknown key 'colour' for CheckpointConfig"),
         (lambda c: c["dit_dh"].update(colour=1), "unknown key 'colour' for DiTDHConfig"),
         (lambda c: c["dit_dh"].pop("depth"), "DiTDHConfig: .*'depth'"),
-        (lambda c: c["dit_dh"].update(depth=-2), "depth -2 is not a positive number"),
+        (lambda c: c["dit_dh"].update(depth=-2), "depth -2 is not a positive integer"),
         (lambda c: c["dit_dh"].update(num_heads=5), "hidden_size 32 must be num_heads 5 times"),
         (lambda c: c.update(format_version=2), "format_version 2; this rae-server reads 1 to 1"),
         (lambda c: c.pop("format_version"), "format_version None"),
@@ -110,6 +120,15 @@ def test_a_truncated_file_is_named(folder: Path, name: str, size: int) -> None:
         (lambda c: c.update(shift=-1), "shift -1 is not a positive number"),
         (lambda c: c.update(image_std=[1]), "image_std .* does not have 3 channels"),
         (lambda c: c["guide"].update(num_classes=9), "guide and dit_dh differ"),
+        (lambda c: c["guide"].update(class_dropout_prob=0), "guide and dit_dh differ"),
+        (lambda c: c.update(classes=[0, 1, 2, 3]), "are not all names"),
+        (lambda c: c.update(shift=float("inf")), "shift inf is not a positive number"),
+        (lambda c: c["defaults"].update(cfg=0.5), r"cfg 0.5 is not in \[1, 100\]"),
+        (
+            lambda c: c.update(guide=None, defaults={"cfg": 2, "guidance_method": "autoguidance"}),
+            "'autoguidance' needs what this checkpoint lacks; it has cfg",
+        ),
+        (lambda c: c["decoder"].update(hidden_size=30), "hidden_size 30 must be a multiple"),
     ],
 )
 def test_a_wrong_configuration_is_named(

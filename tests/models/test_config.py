@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rae.models.config import CONFIGS, DECODER_CONFIGS, DecoderConfig, DiTDHConfig
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 XL: dict[str, Any] = {
     "input_size": 16,
     "patch_size": 1,
@@ -25,6 +28,15 @@ XL: dict[str, Any] = {
     "wo_shift": False,
     "use_pos_embed": True,
 }
+
+
+def test_the_table_is_the_published_models() -> None:
+    manifests = json.loads((GOLDEN / "manifests.json").read_text())
+    assert manifests.keys() == CONFIGS.keys() | DECODER_CONFIGS.keys()
+    for name, config in CONFIGS.items():
+        assert DiTDHConfig.from_published(manifests[name]["config"]) == config, name
+    for name, config in DECODER_CONFIGS.items():
+        assert DecoderConfig(**manifests[name]["config"]) == config, name
 
 
 def test_published_arguments_give_the_table_s_entry() -> None:
@@ -50,7 +62,10 @@ def test_published_arguments_give_the_table_s_entry() -> None:
         ({"patch_size": 2}, "patch_size 2 is not supported: only 1 is"),
         ({"learn_sigma": True}, "unknown key 'learn_sigma'"),
         ({"class_dropout_prob": 1.5}, r"class_dropout_prob 1.5 is not in \[0, 1\)"),
-        ({"depth": [0, 2]}, "depth 0 is not a positive number"),
+        ({"depth": [0, 2]}, "depth 0 is not a positive integer"),
+        ({"depth": [2.5, 2]}, "depth 2.5 is not a positive integer"),
+        ({"use_rmsnorm": "false"}, "use_rmsnorm 'false' is not true or false"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio inf is not a positive number"),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(change: dict[str, Any], message: str) -> None:

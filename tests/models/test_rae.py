@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 
 from rae.models.config import DecoderConfig
 from rae.models.encoder import EncoderConfig, EncoderKind, load_encoder
@@ -65,6 +66,18 @@ def test_an_encoder_gives_the_tokens_without_the_affine_part(
     assert tokens.shape == (3, 16, 32)
     torch.testing.assert_close(tokens, F.layer_norm(raw, (32,), eps=eps), rtol=1e-4, atol=1e-5)
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_an_encoder_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
+    save_backbone("mae", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["encoder.layer.0.layernorm_before.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="missing_keys.*layernorm_before"):
+        load_encoder(EncoderConfig(kind="mae", image_size=32), tmp_path)
+    with pytest.raises(OSError):
+        load_encoder(EncoderConfig(kind="mae", image_size=32), tmp_path / "nowhere")
 
 
 def test_encode_resizes_normalises_and_keeps_the_token_order(tmp_path: Path) -> None:

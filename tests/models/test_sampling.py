@@ -109,6 +109,15 @@ def test_noise_depends_on_its_seed_alone() -> None:
     assert torch.equal(one[0], two[1]) and not torch.equal(two[0], two[1])
 
 
+def test_seeds_that_share_32_bits_have_noise_of_their_own() -> None:
+    seeds = [5, 5 + 2**32, 5 + 2**33, 2**53 - 1]
+    noise = draw_noise((64, 8, 8), seeds).flatten(1)
+    assert noise.dtype == torch.float32
+    torch.testing.assert_close(noise.std(1), torch.ones(4), rtol=0, atol=0.05)
+    correlations = torch.corrcoef(noise) - torch.eye(4)
+    assert correlations.abs().max() < 0.1
+
+
 def test_uint8_rounds_or_truncates() -> None:
     images = torch.tensor([-0.2, 0.0, 0.5, 254.6 / 255, 1.0, 3.0])
     assert to_uint8(images).tolist() == [0, 0, 128, 255, 255, 255]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from rae.models.checkpoint import SamplerDefaults
+from rae.models.checkpoint import SamplerDefaults, read_config
 from rae.server.errors import InvalidRequestError
 from rae.server.limits import Limits, shown
 from rae.server.schemas import read_request, request_body
@@ -15,13 +16,13 @@ EVERYTHING = Limits(
     classes=("cat", "crane", "dog", "crane"),
     defaults=SamplerDefaults(steps=50, cfg=1.5),
     has_null_label=True,
-    has_guide=True,
+    methods=("cfg", "autoguidance"),
     max_steps=100,
     max_images=4,
 )
-NO_NULL = replace(EVERYTHING, has_null_label=False)
-NO_GUIDE = replace(EVERYTHING, has_guide=False)
-NOTHING = replace(NO_NULL, has_guide=False)
+NO_NULL = replace(EVERYTHING, has_null_label=False, methods=("autoguidance",))
+NO_GUIDE = replace(EVERYTHING, methods=("cfg",))
+NOTHING = replace(NO_NULL, methods=())
 
 
 @pytest.mark.parametrize(
@@ -102,3 +103,10 @@ def test_shown_is_short_and_printable() -> None:
     assert shown(nested) == "a deeply nested value"
     assert shown("é\ud800") == r'"é\ud800"'
     assert len(shown(["x" * 1000])) == 81
+
+
+def test_a_default_above_the_limit_is_refused_at_the_start(tiny_checkpoint: Path) -> None:
+    config, _ = read_config(tiny_checkpoint)
+    assert Limits.of(config, max_steps=10, max_images=1).max_steps == 10
+    with pytest.raises(ValueError, match="default of 10 steps is above the limit of 9"):
+        Limits.of(config, max_steps=9, max_images=1)

@@ -167,7 +167,7 @@ def test_generate_writes_what_the_server_answers(
     result = rae("generate", "three", "0", *flags)
     assert result.exit_code == 0, result.output
     folder = tmp_path / "new" / "folder"
-    names = ["three-seed5.png", "three-seed6.png", "zero-seed5.png", "zero-seed6.png"]
+    names = ["3-three-seed5.png", "3-three-seed6.png", "0-zero-seed5.png", "0-zero-seed6.png"]
     assert result.stdout.splitlines() == [f"{folder / name} (seed {name[-5]})" for name in names]
     for name, label, seed in zip(names, (3, 3, 0, 0), (5, 6, 5, 6), strict=True):
         asked = {"class_id": label, "seed": seed, "steps": 6, "cfg": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +51,21 @@ def solo(checkpoint: Checkpoint, spec: ImageSpec, dtype: torch.dtype) -> np.ndar
         return to_uint8(checkpoint.rae.decode(latents))[0].permute(1, 2, 0).numpy()
 
 
+@pytest.fixture(params=[1, 2, 3], ids=lambda count: f"{count} threads")
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_every_batch_size_gives_the_bits_of_denoise(
     tiny_checkpoint: Path, dtype: torch.dtype
 ) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint)
-    runner = Runner(checkpoint, CPU, dtype, num_slots=40)
+    runner = Runner(load_checkpoint(tiny_checkpoint), CPU, dtype, num_slots=40)
     specs = mixed_specs(40, steps=4, null_label=4)
     expected = [solo(checkpoint, spec, dtype) for spec in specs]
     assert len({image.tobytes() for image in expected}) == 40

@@ -154,8 +154,8 @@ def test_sigterm_finishes_what_runs_and_exits_0(serve: Serve) -> None:
 
 
 def test_sigint_exits_0_and_settings_come_from_flags(serve: Serve) -> None:
-    with serve("--max-steps", "7", "--root-path", "/rae") as (url, process):
-        assert b"from 2 to 7" in post(url, {"steps": 8})[1]
+    with serve("--max-steps", "12", "--root-path", "/rae") as (url, process):
+        assert b"from 2 to 12" in post(url, {"steps": 13})[1]
         process.send_signal(signal.SIGINT)
         assert process.wait(STOP_S) == 0
 
