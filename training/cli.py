@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from rae.models.checkpoint import CheckpointError, load_checkpoint
 from rae.training.digits import SAMPLES_PER_CLASS, Recipe, train_digits
@@ -33,7 +34,8 @@ console = Console()
 @train_app.callback()
 @eval_app.callback()
 def _group() -> None:
-    """A group, so that the only command keeps its name."""
+    """A group, so that the only command keeps its name. transformers' own bars stay away."""
+    disable_progress_bar()
 
 
 @train_app.command("digits")
