@@ -4,7 +4,7 @@ BIN := .venv/bin
 ROOMS := $(wildcard server kernels models training)
 
 # As the `rae` command sets it; server/cli.py says why.
-export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: install serve test check wheel clean typecheck-links
 

@@ -32,9 +32,9 @@ app = typer.Typer(
 
 
 def main() -> None:
-    # Read when torch loads. Threads that spin for work starve each other beside another busy
-    # process: 50 steps of a tiny model took 10 to 14 s on 2 cores, 0.1 s with threads that sleep.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read when torch loads. Its threads spin for work 300,000 times before they sleep: beside a
+    # process that does the same a step took 150 ms on 2 cores, so 9 to 10; alone, 6 and not 5.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     app(prog_name="rae")
 
 
