@@ -49,7 +49,8 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        return self._scheduler.num_waiting
+        with self._wake:
+            return self._scheduler.num_waiting
 
     @property
     def running(self) -> int:
