@@ -214,9 +214,11 @@ def main() -> int:
         sys.exit(f"parity: {error}")
     except KeyError as error:
         sys.exit(f"parity: {folder}: a file set lacks {error}")
+    if not results:
+        sys.exit(f"parity: {folder} holds no file set")
     failed = sum(not result.passed for result in results)
     sys.stdout.write(f"{len(results)} outputs compared, {failed} above their bound\n")
-    return 1 if failed or not results else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, Self
 
 import torch
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rae.models.config import DecoderConfig, DiTDHConfig, GuidanceMethod, from_dict
+from rae.models.config import DecoderConfig, DiTDHConfig, GuidanceMethod, from_dict, is_number
 from rae.models.dit_dh import DiTDH
 from rae.models.encoder import EncoderConfig, load_encoder
 from rae.models.rae import RAE
@@ -31,6 +31,16 @@ DECODER_FILE = "decoder.safetensors"
 GUIDE_FILE = "guide.safetensors"
 MAX_CFG = 100
 STATISTICS = ("latents_mean", "latents_var", "eps")
+
+
+OBJECT, OPTIONAL, ARRAY, STRING = (dict,), (dict, NoneType), (list,), (str,)
+JSON_NAMES = {OBJECT: "an object", OPTIONAL: "an object or null", ARRAY: "a list", STRING: "text"}
+JSON_TYPES = {
+    **dict.fromkeys(("dit_dh", "decoder", "defaults", "sha256", "notes"), OBJECT),
+    **dict.fromkeys(("guide", "encoder"), OPTIONAL),
+    **dict.fromkeys(("classes", "image_mean", "image_std"), ARRAY),
+    **dict.fromkeys(("name", "source", "license"), STRING),
+}
 
 
 class CheckpointError(ValueError):
@@ -50,8 +60,8 @@ class SamplerDefaults:
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 2:
             raise ValueError(f"steps {self.steps!r}: a grid has at least 2 points")
-        if not 1 <= self.cfg <= MAX_CFG:
-            raise ValueError(f"cfg {self.cfg} is not in [1, {MAX_CFG}]")
+        if not is_number(self.cfg) or not 1 <= self.cfg <= MAX_CFG:
+            raise ValueError(f"cfg {self.cfg!r} is not in [1, {MAX_CFG}]")
         Guidance(self.cfg, self.guidance_interval, self.guidance_method)
 
 
@@ -81,11 +91,12 @@ class CheckpointConfig:
             raise ValueError(
                 f"{len(self.classes)} class names for num_classes {self.dit_dh.num_classes}"
             )
-        for name in ("image_mean", "image_std"):
-            if len(getattr(self, name)) != 3:
-                raise ValueError(f"{name} {getattr(self, name)} does not have 3 channels")
-        if not (math.isfinite(self.shift) and self.shift > 0):
-            raise ValueError(f"shift {self.shift} is not a positive number")
+        if len(self.image_mean) != 3 or not all(map(is_number, self.image_mean)):
+            raise ValueError(f"image_mean {self.image_mean} is not 3 numbers")
+        if len(self.image_std) != 3 or not all(is_number(x) and x > 0 for x in self.image_std):
+            raise ValueError(f"image_std {self.image_std} is not 3 positive numbers")
+        if not is_number(self.shift) or self.shift <= 0:
+            raise ValueError(f"shift {self.shift!r} is not a positive number")
         if self.defaults.cfg > 1 and self.defaults.guidance_method not in self.guidance_methods:
             raise ValueError(
                 f"default guidance_method {self.defaults.guidance_method!r} needs what this "
@@ -120,6 +131,9 @@ class CheckpointConfig:
             raise ValueError(
                 f"format_version {version!r}; this rae-server reads 1 to {FORMAT_VERSION}"
             )
+        for key, kinds in JSON_TYPES.items():
+            if key in values and not isinstance(values[key], kinds):
+                raise ValueError(f"{key} {values[key]!r} is not {JSON_NAMES[kinds]}")
         parts = {
             "dit_dh": DiTDHConfig,
             "guide": DiTDHConfig,
@@ -205,6 +219,8 @@ def save_checkpoint(
     names = [DIT_DH_FILE, DECODER_FILE] + [GUIDE_FILE] * (guide is not None)
     if config.encoder is not None:
         names += sorted(f"encoder/{path.name}" for path in folder.glob("encoder/*"))
+    for name in names:
+        (folder / name).chmod(0o644)  # safetensors leaves a file readable by its owner alone
     hashes = {name: file_sha256(folder / name) for name in names}
     config = replace(config, sha256=hashes)
     (folder / "config.json").write_text(config.to_json())
@@ -285,5 +301,4 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     # Not in place: the tensors may be mapped from the very file that is replaced.
     written = path.with_suffix(".tmp")
     save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, written)
-    written.chmod(0o644)  # safetensors leaves it readable by its owner alone
     written.replace(path)

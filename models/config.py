@@ -40,7 +40,7 @@ class DiTDHConfig:
     use_pos_embed: bool = True
 
     def __post_init__(self) -> None:
-        require_types(self)
+        require_types(self, may_be_zero=("class_dropout_prob",))
         for prefix in ("", "head_"):
             width, heads = (
                 getattr(self, f"{prefix}hidden_size"),
@@ -51,9 +51,8 @@ class DiTDHConfig:
                     f"{prefix}hidden_size {width} must be {prefix}num_heads {heads} times "
                     "a multiple of 4 (rotary pairs in two halves)"
                 )
-        dropout = self.class_dropout_prob
-        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-            raise ValueError(f"class_dropout_prob {dropout!r} is not in [0, 1)")
+        if self.class_dropout_prob >= 1:
+            raise ValueError(f"class_dropout_prob {self.class_dropout_prob} is not in [0, 1)")
 
     @property
     def num_tokens(self) -> int:
@@ -160,21 +159,24 @@ def _known(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
-def require_types(config: object) -> None:
-    """Integers and floats of a configuration are positive numbers, flags are booleans.
+def is_number(value: object) -> bool:
+    """A finite int or float; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
-    Raises ValueError that names the field. class_dropout_prob may be 0: it has a range of its own.
+
+def require_types(config: object, *, may_be_zero: tuple[str, ...] = ()) -> None:
+    """Integers and floats of a configuration are positive, flags are booleans.
+
+    Raises ValueError that names the field.
     """
-    hints = get_type_hints(type(config))
-    for name, kind in hints.items():
+    for name, kind in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_positive = is_number(value) and (value > 0 or (value == 0 and name in may_be_zero))
         if kind is bool and not isinstance(value, bool):
             raise ValueError(f"{name} {value!r} is not true or false")
-        if kind is int and not (is_number and isinstance(value, int) and value > 0):
+        if kind is int and not (is_positive and isinstance(value, int)):
             raise ValueError(f"{name} {value!r} is not a positive integer")
-        positive = is_number and math.isfinite(value) and value > 0
-        if kind is float and not positive and name != "class_dropout_prob":
+        if kind is float and not is_positive:
             raise ValueError(f"{name} {value!r} is not a positive number")
 
 

@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from rae.models.config import require_types
+
 EncoderKind = Literal["dinov2", "siglip2", "mae"]
 
 
@@ -28,6 +30,7 @@ class EncoderConfig:
             raise ValueError(
                 f"encoder kind {self.kind!r}; known: {', '.join(get_args(EncoderKind))}"
             )
+        require_types(self)
 
 
 class Encoder(nn.Module):
@@ -55,7 +58,7 @@ class Encoder(nn.Module):
             case "mae":
                 num_tokens = (pixels.shape[-1] // backbone.config.patch_size) ** 2
                 # Rising noise and a mask ratio of 0 keep every token, in order.
-                order = torch.arange(num_tokens, device=pixels.device, dtype=pixels.dtype)
+                order = torch.arange(num_tokens, device=pixels.device, dtype=torch.float32)
                 order = order.expand(len(pixels), -1)
                 output = backbone(pixels, noise=order, interpolate_pos_encoding=True)
                 return output.last_hidden_state[:, 1:]
@@ -79,7 +82,12 @@ def load_encoder(config: EncoderConfig, folder: Path) -> Encoder:
     unmasked = {"mask_ratio": 0.0} if config.kind == "mae" else {}
     # transformers only warns of a missing tensor, and takes an absent folder for a hub's name.
     model, loading = classes[config.kind].from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **unmasked
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they are listed, and refused below
+        **unmasked,
     )
     problems = [
         f"{kind} {loading[kind]}" for kind in ("missing_keys", "mismatched_keys") if loading[kind]

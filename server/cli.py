@@ -33,7 +33,7 @@ app = typer.Typer(
 
 def main() -> None:
     # Read when torch loads. Its threads spin for work 300,000 times before they sleep: beside a
-    # process that does the same a step took 150 ms on 2 cores, so 9 to 10; alone, 6 and not 5.
+    # process that does the same a step took 150 ms on 2 cores, and 9 with this; alone 5 and 6.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     app(prog_name="rae")
 
@@ -101,8 +101,10 @@ def generate(settings: GenerateSettings) -> None:
         settings.out.mkdir(parents=True, exist_ok=True)
         request = engine.submit(specs, "rae generate")
         engine.start()
-        images = request.future.result().images
-        engine.close()
+        try:
+            images = request.future.result().images
+        finally:
+            engine.close()
         for spec, image in zip(specs, images, strict=True):
             description = describe(spec, checkpoint, engine.precision)
             path = settings.out / f"{file_stem(description)}.{settings.format}"

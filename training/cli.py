@@ -19,11 +19,19 @@ from rich.progress import (
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from rae.models.checkpoint import CheckpointError, load_checkpoint
+from rae.models.checkpoint import (
+    DECODER_FILE,
+    DIT_DH_FILE,
+    GUIDE_FILE,
+    CheckpointError,
+    load_checkpoint,
+)
 from rae.training.digits import SAMPLES_PER_CLASS, Recipe, train_digits
 from rae.training.evaluate import Criterion, evaluate, generate_default, protocol_labels, save_grid
 from rae.training.loop import DivergedError
 
+FILES = (DIT_DH_FILE, DECODER_FILE, GUIDE_FILE)
+LEFTOVERS = {"samples", "encoder", *FILES, *(Path(name).stem + ".tmp" for name in FILES)}
 EMBEDDED = Path(__file__).parent.parent / "models" / "digits"
 
 train_app = typer.Typer(help="Train a model and write its checkpoint folder.", no_args_is_help=True)
@@ -50,6 +58,10 @@ def train_digits_command(
     problem = unusable(out)
     if problem:
         raise typer.BadParameter(problem, param_hint="--out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{out}: {error.strerror}", param_hint="--out") from None
     columns = (
         TextColumn("{task.description:8}"),
         BarColumn(),
@@ -62,8 +74,11 @@ def train_digits_command(
         with Progress(*columns, console=console) as progress:
             train_digits(out, Recipe(seed=seed, bf16=bf16), progress)
     except KeyboardInterrupt:
-        console.print(f"Stopped. {out} holds no checkpoint, at most samples.")
+        console.print(f"Stopped. {out} holds no checkpoint; it can be trained into again.")
         raise typer.Exit(130) from None
+    except OSError as error:
+        console.print(f"Cannot write to {out}: {error}")
+        raise typer.Exit(1) from None
     except DivergedError as error:
         console.print(f"Training diverged: {error}. Try another --seed, or --no-bf16.")
         raise typer.Exit(1) from None
@@ -81,6 +96,9 @@ def eval_digits_command(
     ] = None,
 ) -> None:
     """Generate 1,000 digits and hold them against the real ones; exit 1 below a bound."""
+    for file in (json_file, grid):
+        if file is not None and not file.parent.is_dir():
+            raise typer.BadParameter(f"{file.parent} is not a folder")
     try:
         loaded = load_checkpoint(checkpoint, with_encoder=grid is None)
     except CheckpointError as error:
@@ -89,8 +107,11 @@ def eval_digits_command(
         labels = protocol_labels(len(loaded.config.classes), SAMPLES_PER_CLASS)
         save_grid(generate_default(loaded, labels), SAMPLES_PER_CLASS, grid, scale=2)
         return
-    with console.status("Generating 1,000 digits, three times: a few minutes on 2 cores"):
-        criteria = evaluate(loaded)
+    with console.status("Generating 1,000 digits with each guidance: minutes on 2 cores"):
+        try:
+            criteria = evaluate(loaded)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--checkpoint") from None
     console.print(table(criteria))
     if json_file is not None:
         figures = [criterion.to_dict() for criterion in criteria]
@@ -100,10 +121,10 @@ def eval_digits_command(
 
 
 def unusable(out: Path) -> str | None:
-    """Why training may not write to `out`; samples of an earlier run may lie there."""
+    """Why training may not write to `out`; what an interrupted run left may lie there."""
     if out.exists() and not out.is_dir():
         return f"{out} is not a folder"
-    found = sorted(path.name for path in out.glob("*") if path.name != "samples")
+    found = sorted(path.name for path in out.glob("*") if path.name not in LEFTOVERS)
     if found:
         return f"{out} is not empty: it holds {', '.join(found[:5])}"
     return None
@@ -117,14 +138,3 @@ def table(criteria: list[Criterion]) -> Table:
         verdict = {None: "", True: "[green]pass", False: "[red]fail"}[item.passed]
         result.add_row(item.name, f"{item.value:.{digits}f} {item.unit}", bound, verdict)
     return result
-
-
-def main() -> None:
-    app = typer.Typer(no_args_is_help=True)
-    app.add_typer(train_app, name="train")
-    app.add_typer(eval_app, name="eval")
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -106,7 +106,7 @@ GUIDE = DiTDHConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every number of the training that is not an architecture's.
+    """What differs between the stages and between runs; what they share is in `loop.py`.
 
     `copies` are moved and turned versions of each scan beside the scan itself: their latents are
     computed once. `cfg` is the default guidance that the checkpoint is given.
@@ -201,7 +201,7 @@ def train_generators(
 
     def on_step(step: int, loss: float, model: nn.Module) -> None:
         report(step, loss, model)
-        if step % recipe.sample_every == 0:
+        if step % recipe.sample_every == 0 or step == recipe.dit_dh.steps:
             checkpoint = Checkpoint(config, "", cast(DiTDH, model), rae, None)
             save_samples(checkpoint, out / "samples" / f"{step:06}.png")
 

@@ -1,4 +1,4 @@
-"""`rae eval digits`: is a model of digits legible, diverse and no copyist?
+"""`rae eval digits`: are generated digits legible, diverse, and not copied?
 
 Pictures are judged in the scans' own space, 8×8 values of 0 to 16 (`data.to_scans`), real and
 generated ones by the same path.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from rae.models.checkpoint import Checkpoint
 from rae.models.rae import RAE
-from rae.models.sampling import Guidance, GuidanceMethod, denoise, draw_noise, timesteps, to_uint8
-from rae.training.data import Digits, render, split_digits, to_scans
+from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
+from rae.training.data import CLASS_NAMES, IMAGE_SIZE, Digits, render, split_digits, to_scans
 
 SVC_GAMMA = 0.001
 PER_CLASS = 100
@@ -150,8 +150,7 @@ def generate(
 def generate_default(checkpoint: Checkpoint, labels: Tensor) -> Tensor:
     """`generate` with the checkpoint's own defaults; image i has seed i."""
     defaults = checkpoint.config.defaults
-    method = cast(GuidanceMethod, defaults.guidance_method)
-    guidance = Guidance(defaults.cfg, defaults.guidance_interval, method)
+    guidance = Guidance(defaults.cfg, defaults.guidance_interval, defaults.guidance_method)
     return generate(checkpoint, labels, range(len(labels)), guidance, defaults.steps)
 
 
@@ -167,7 +166,7 @@ def protocol_labels(num_classes: int, per_class: int = PER_CLASS) -> Tensor:
 
 def save_grid(images: Tensor, columns: int, path: Path, scale: int = 1) -> None:
     """Write images (N, 3, H, W) in [0, 1] as one PNG of 64 colours, `columns` a row;
-    one pixel to scale²."""
+    each pixel enlarged to scale × scale."""
     rows = to_uint8(images).unflatten(0, (-1, columns))  # (rows, columns, 3, H, W)
     sheet = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     sheet = sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
@@ -179,11 +178,18 @@ def evaluate(checkpoint: Checkpoint, *, per_class: int = PER_CLASS) -> list[Crit
 
     The default guidance is held to all bounds, the unguided model to its legibility; AutoGuidance
     by the guide, where there is one, at the same scale, is reported.
-    Raises ValueError for a checkpoint without an encoder.
+    Raises ValueError for a checkpoint that is not of digits or has no encoder.
     """
+    classes, size = checkpoint.config.classes, checkpoint.config.decoder.image_size
+    if classes != CLASS_NAMES or size != IMAGE_SIZE:
+        raise ValueError(
+            f"a model of {len(classes)} classes and {size} px cannot be judged as digits: "
+            f"it takes {', '.join(CLASS_NAMES)} and {IMAGE_SIZE} px"
+        )
     train, held_out = split_digits()
     judge = Judge(train, held_out)
     defaults = checkpoint.config.defaults
+    method = defaults.guidance_method
     labels = protocol_labels(len(checkpoint.config.classes), per_class)
     guided = generate_default(checkpoint, labels)
     unguided = generate(checkpoint, labels, range(len(labels)), Guidance(), defaults.steps)
@@ -193,11 +199,11 @@ def evaluate(checkpoint: Checkpoint, *, per_class: int = PER_CLASS) -> list[Crit
     criteria = [
         judge.judge_real(),
         Criterion("held-out real digits rebuilt", psnr_db(rebuilt, real), judge.MIN_PSNR_DB, "dB"),
-        *judge.judge(guided, labels, f"cfg {defaults.cfg:g}", judge.MIN_GUIDED, bounded=True),
+        *judge.judge(guided, labels, f"{method} {defaults.cfg:g}", judge.MIN_GUIDED, bounded=True),
         *judge.judge(unguided, labels, "cfg 1", judge.MIN_UNGUIDED, bounded=False),
     ]
     if checkpoint.guide is not None:
-        auto = Guidance(defaults.cfg, method="autoguidance")
+        auto = Guidance(defaults.cfg, defaults.guidance_interval, "autoguidance")
         images = generate(checkpoint, labels, range(len(labels)), auto, defaults.steps)
         name = f"AutoGuidance {defaults.cfg:g}"
         criteria += judge.judge(images, labels, name, None, bounded=False)

@@ -19,13 +19,17 @@ OnStep = Callable[[int, float, nn.Module], None]
 """(steps done, loss, averaged model)."""
 
 WARMUP_STEPS = 100
-FINAL_LR = 0.02
+FINAL_LR_FACTOR = 0.02
 CLIP_NORM = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How one stage is trained."""
+    """How one stage is trained.
+
+    `ema_decay` is where the decay of `ema.EMA` would end: its rise, (1 + n) / (10 + n) after n
+    steps, gets to .998 at 4,491, so shorter stages average over about their last tenth.
+    """
 
     steps: int
     batch_size: int = 128
@@ -43,7 +47,7 @@ def lr_factor(step: int, steps: int) -> float:
     warmup = min(WARMUP_STEPS, max(1, steps // 10))
     if step < warmup:
         return (step + 1) / warmup
-    return 1 - (1 - FINAL_LR) * (step - warmup) / max(1, steps - warmup)
+    return 1 - (1 - FINAL_LR_FACTOR) * (step - warmup) / max(1, steps - warmup)
 
 
 def fit(

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rae.models.config import DecoderConfig
@@ -74,8 +75,15 @@ def test_an_encoder_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     tensors = load_file(path)
     del tensors["encoder.layer.0.layernorm_before.weight"]
     save_file(tensors, path, {"format": "pt"})
+    config = EncoderConfig(kind="mae", image_size=32)
     with pytest.raises(ValueError, match="missing_keys.*layernorm_before"):
-        load_encoder(EncoderConfig(kind="mae", image_size=32), tmp_path)
+        load_encoder(config, tmp_path)
+    save_file(tensors | {"encoder.layer.0.layernorm_before.weight": torch.ones(5)}, path)
+    with pytest.raises(ValueError, match="mismatched_keys.*layernorm_before"):
+        load_encoder(config, tmp_path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises((OSError, SafetensorError)):
+        load_encoder(config, tmp_path)
     with pytest.raises(OSError):
         load_encoder(EncoderConfig(kind="mae", image_size=32), tmp_path / "nowhere")
 

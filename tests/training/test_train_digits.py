@@ -9,15 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.progress import Progress
 from typer.testing import CliRunner
 
-from rae.models.checkpoint import load_checkpoint, read_config
+from rae.models import checkpoint
+from rae.models.checkpoint import file_sha256, load_checkpoint, read_config
+from rae.models.config import DiTDHConfig
+from rae.models.dit_dh import DiTDH
 from rae.training import cli, digits
 from rae.training.data import render, split_digits
 from rae.training.digits import Recipe, Reporter, train_digits
-from rae.training.evaluate import evaluate, psnr_db
-from rae.training.loop import Plan
+from rae.training.evaluate import evaluate, psnr_db, save_grid
+from rae.training.loop import OnStep, Plan
 
 MINIATURE = Recipe(
     copies=1,
@@ -68,6 +72,8 @@ def test_latents_are_normalised_and_every_part_has_learnt(trained: Path) -> None
     assert psnr_db(rebuilt, real) > psnr_db(mean, real)
     losses = checkpoint.config.notes["last_losses"]
     assert losses["dit_dh"] < 1.9  # zero velocity has 2: the variances of noise and of latents
+    assert losses["guide"] < 2.1
+    assert losses["encoder"] < (4 * real.square()).mean()  # of a black picture
 
 
 def test_the_same_seed_trains_the_same_weights(trained: Path, tmp_path: Path) -> None:
@@ -102,7 +108,41 @@ def test_grid_is_written(trained: Path, tmp_path: Path) -> None:
     file = tmp_path / "grid.png"
     arguments = ["digits", "--checkpoint", str(trained), "--grid", str(file)]
     assert CliRunner().invoke(cli.eval_app, arguments).exit_code == 0
-    assert file.read_bytes().startswith(b"\x89PNG")
+    with Image.open(file) as picture:
+        assert picture.size == (64, 640)  # one column here, ten classes, twice as large
+
+
+def test_a_grid_is_filled_row_by_row(tmp_path: Path) -> None:
+    colours = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 1, 1]])
+    save_grid(colours[:, :, None, None].expand(6, 3, 4, 5), 3, tmp_path / "grid.png", scale=2)
+    with Image.open(tmp_path / "grid.png") as file:
+        picture = file.convert("RGB")
+    assert picture.size == (3 * 10, 2 * 8)
+    for index, colour in enumerate(colours.tolist()):
+        x, y = 10 * (index % 3), 8 * (index // 3)
+        expected = tuple(int(255 * value) for value in colour)
+        assert picture.getpixel((x, y)) == picture.getpixel((x + 9, y + 7)) == expected
+
+
+def test_files_are_readable_by_all_and_named_with_their_sha256(trained: Path) -> None:
+    config, _ = read_config(trained)
+    assert "encoder/model.safetensors" in config.sha256
+    for name, sha256 in config.sha256.items():
+        assert (trained / name).stat().st_mode & 0o777 == 0o644
+        assert file_sha256(trained / name) == sha256
+
+
+def test_only_a_model_of_digits_is_judged_as_one(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="4 classes and 16 px cannot be judged as digits"):
+        evaluate(load_checkpoint(tiny_checkpoint))
+
+
+def test_an_unwritable_place_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(cli.train_app, ["digits", "--out", str(tmp_path / "file" / "x")])
+    assert result.exit_code == 2 and "--out" in result.output
+    arguments = ["digits", "--json", str(tmp_path / "no" / "x.json")]
+    assert CliRunner().invoke(cli.eval_app, arguments).exit_code == 2
 
 
 def test_a_folder_in_use_is_refused_and_samples_are_not(tmp_path: Path) -> None:
@@ -123,7 +163,32 @@ def test_an_interrupt_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(cli, "Recipe", lambda **_: MINIATURE)
     result = CliRunner().invoke(cli.train_app, ["digits", "--out", str(tmp_path / "out")])
     assert result.exit_code == 130 and "no checkpoint" in result.output
-    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupt_while_writing_leaves_a_folder_to_train_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    save = checkpoint.save_file
+
+    def untrained(config: DiTDHConfig, *_: object, on_step: OnStep, **__: object) -> DiTDH:
+        model = DiTDH(config)
+        on_step(1, 1.0, model)
+        return model
+
+    def interrupted(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save(tensors, path)
+        if path.name == "decoder.tmp":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    monkeypatch.setattr(digits, "train_dit_dh", untrained)
+    monkeypatch.setattr(cli, "Recipe", lambda **_: MINIATURE)
+    result = CliRunner().invoke(cli.train_app, ["digits", "--out", str(out)])
+    assert result.exit_code == 130
+    assert {path.name for path in out.iterdir()} > {"encoder", "decoder.tmp"}
+    assert cli.unusable(out) is None
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:

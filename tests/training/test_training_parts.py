@@ -52,6 +52,9 @@ def test_ema_follows_its_formula_and_keeps_buffers() -> None:
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay)
         assert ema.average.weight.item() == pytest.approx(expected, rel=1e-6)
+    model.running_mean = torch.ones(1)
+    ema.update(model)
+    assert ema.average.running_mean is not None and ema.average.running_mean.item() == 0
     assert not ema.average.training and not ema.average.weight.requires_grad
     with pytest.raises(ValueError, match=r"1\.0"):
         EMA(model, 1.0)
