@@ -182,7 +182,8 @@ def read_config(folder: Path) -> tuple[CheckpointConfig, str]:
 def load_checkpoint(folder: Path, *, with_encoder: bool = False) -> Checkpoint:
     """Load a checkpoint folder onto the CPU, memory-mapped, in eval mode.
 
-    Raises CheckpointError that lists what is missing, unexpected, misshapen or unreadable.
+    Raises CheckpointError that lists what is missing, unexpected, misshapen or unreadable, or
+    names a file that is not the one whose sha256 is recorded.
     """
     config, sha256 = read_config(folder)
     with torch.device("meta"):
@@ -192,6 +193,7 @@ def load_checkpoint(folder: Path, *, with_encoder: bool = False) -> Checkpoint:
     if guide is not None:
         load_strictly(guide, read_tensors(folder / GUIDE_FILE), folder / GUIDE_FILE)
     rae = _load_rae(config, folder)
+    _check_sha256(config, folder, with_encoder=with_encoder)
     if with_encoder:
         if config.encoder is None:
             raise CheckpointError(f"{folder} holds no encoder")
@@ -234,13 +236,25 @@ def file_sha256(path: Path) -> str:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, memory-mapped. Raises CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} is missing, truncated or not safetensors: {error}"
-        ) from error
+        raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from error
+
+
+def _check_sha256(config: CheckpointConfig, folder: Path, *, with_encoder: bool) -> None:
+    """An image names its checkpoint by these: other weights may not pass for it."""
+    for name, recorded in config.sha256.items():
+        if name.startswith("encoder/") and not with_encoder:
+            continue
+        actual = file_sha256(folder / name)
+        if actual != recorded:
+            raise CheckpointError(
+                f"{folder / name} has sha256 {actual}, config.json says {recorded}"
+            )
 
 
 def _load_rae(config: CheckpointConfig, folder: Path) -> RAE:

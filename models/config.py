@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal, Self, TypeVar, get_type_hints
 
 GuidanceMethod = Literal["cfg", "autoguidance"]
@@ -145,10 +145,12 @@ class DecoderConfig:
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     """Make the configuration `cls` of `values`; an unknown or a missing key raises ValueError."""
-    try:
-        return cls(**_known(cls, values))
-    except TypeError as error:
-        raise ValueError(f"{cls.__name__}: {error}") from error
+    known = _known(cls, values)
+    for field in fields(cls):  # type: ignore[arg-type]
+        needed = field.default is MISSING and field.default_factory is MISSING
+        if needed and field.name not in known:
+            raise ValueError(f"missing key {field.name!r} for {cls.__name__}")
+    return cls(**known)
 
 
 def _known(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:

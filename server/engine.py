@@ -89,7 +89,8 @@ class Engine:
             queued = self._scheduler.cost
             if queued and queued + cost > self.max_queue:
                 excess = queued + cost - self.max_queue
-                raise QueueFullError(self._seconds(min(excess, queued)), queued, self.max_queue)
+                wait_s = self._seconds(min(excess, queued))
+                raise QueueFullError(wait_s, cost, queued, self.max_queue)
             self._scheduler.add(request)
             self._wake.notify()
         return request
@@ -113,7 +114,7 @@ class Engine:
         with self._wake:
             denoised = self._scheduler.advance()
         cost -= sum(sample.remaining_cost for sample in running)
-        self._observe(cost, time.perf_counter() - started)
+        self._observe(len(running), cost, time.perf_counter() - started)
         self._deliver([sample for sample in denoised if not sample.request.future.cancelled()])
 
     def _place(self, samples: Sequence[Sample]) -> None:
@@ -192,8 +193,9 @@ class Engine:
             if not request.future.done() and request.future.set_running_or_notify_cancel():
                 request.future.set_exception(error)
 
-    def _observe(self, cost: float, seconds: float) -> None:
-        self._rate += RATE_WEIGHT * (cost / seconds - self._rate)
+    def _observe(self, num_images: int, cost: float, seconds: float) -> None:
+        if 2 * num_images > self._num_slots:  # a full queue runs in large, faster batches
+            self._rate += RATE_WEIGHT * (cost / seconds - self._rate)
         self._metrics.step_seconds.observe(seconds)
         self._metrics.rows_evaluated.inc(cost)
 

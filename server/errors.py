@@ -82,11 +82,11 @@ class QueueFullError(ApiError):
 
     status, type, outcome = 429, "queue_full", "rejected"
 
-    def __init__(self, retry_after_s: float, queued: float, limit: float) -> None:
+    def __init__(self, retry_after_s: float, cost: float, queued: float, limit: float) -> None:
         self.retry_after_s, self.queued, self.limit = retry_after_s, queued, limit
         super().__init__(
-            f"{queued:.0f} model evaluations are queued and the limit is {limit:.0f}; "
-            f"try again in {math.ceil(retry_after_s)} s"
+            f"this request takes {cost:.0f} model evaluations, {queued:.0f} are queued and the "
+            f"limit is {limit:.0f}; try again in {math.ceil(retry_after_s)} s"
         )
 
     @property

@@ -19,6 +19,8 @@ def report(folder: Path, console: Console) -> list[str]:
     limits = Limits.of(config, max_steps=config.defaults.steps, max_images=1)
     model = ModelInfo.of(checkpoint, limits)
     table = Table(title=str(folder), show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     defaults = ", ".join(f"{key} {value}" for key, value in model.defaults.items())
     rows = {
         "name": model.name,

@@ -18,6 +18,7 @@ class Scheduler:
         self.running: dict[int, Sample] = {}
         self.cost = 0.0  # what is left to do, in rows of the model
         self._free = list(reversed(range(num_slots)))
+        self._reserve = num_slots // 8
 
     @property
     def has_work(self) -> bool:
@@ -41,11 +42,14 @@ class Scheduler:
             self.remove(request)
 
     def admit(self) -> list[Sample]:
-        """Give free slots to waiting samples: first to the request with the fewest running, so
-        that a large one does not keep the small ones out; among equals, the oldest."""
+        """Give free slots to waiting samples: first to the request with the fewest running; among
+        equals, to the oldest. The last eighth of the slots is for requests that have none, so
+        that a large one does not keep the small ones out."""
         admitted: list[Sample] = []
         while self._free and self.waiting:
             request = min(self.waiting, key=lambda r: r.num_running)
+            if request.num_running and len(self._free) <= self._reserve:
+                break
             sample = self.waiting[request].popleft()
             if not self.waiting[request]:
                 del self.waiting[request]

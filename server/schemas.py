@@ -94,7 +94,8 @@ def parse_request(body: bytes, limits: Limits) -> GenerateRequest:
     except RecursionError as error:
         raise MalformedBodyError("the body is nested too deeply; send one flat object") from error
     except ValueError as error:
-        reason = clean(str(error)) if body else "it is empty"
+        # What Python says of 5,000 digits goes on with advice for its programmers.
+        reason = clean(str(error).partition(";")[0]) if body else "it is empty"
         raise MalformedBodyError(f"the body is not JSON: {reason}") from error
     if not isinstance(values, dict):
         raise MalformedBodyError(f"the body is {shown(values)}; send a JSON object")
@@ -122,7 +123,7 @@ def _refused(name: str, values: Mapping[str, Any], limits: Limits) -> Detail:
         name = next(key for key in values if clean(key) != key)
     if name not in GenerateRequest.model_fields:
         fields = ", ".join(GenerateRequest.model_fields)
-        return Detail(clean(name), shown(values[name]), f"no such field; the fields are {fields}")
+        return Detail(clean(name), shown(values[name]), f"no field of this name, only {fields}")
     return Detail(name, shown(values[name]), limits.allowed(name, n))
 
 

@@ -172,7 +172,7 @@ class GenerateSettings(ModelSettings):
         typer.Option(help="Grid points, 1 more than evaluations.", show_default="checkpoint's"),
     ] = None
     seed: Annotated[
-        int | None, typer.Option(help="Image i has seed + i.", show_default="random")
+        int | None, typer.Option(help="Image i of each class has seed + i.", show_default="random")
     ] = None
     n: Annotated[int, typer.Option("-n", "--n", help="Images of each class.", min=1)] = 1
     guidance_method: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -34,8 +34,9 @@ FILES = (DIT_DH_FILE, DECODER_FILE, GUIDE_FILE)
 LEFTOVERS = {"samples", "encoder", *FILES, *(Path(name).stem + ".tmp" for name in FILES)}
 EMBEDDED = Path(__file__).parent.parent / "models" / "digits"
 
-train_app = typer.Typer(help="Train a model and write its checkpoint folder.", no_args_is_help=True)
-eval_app = typer.Typer(help="Measure a checkpoint.", no_args_is_help=True)
+OPTIONS: Any = {"no_args_is_help": True, "add_completion": False}
+train_app = typer.Typer(help="Train a model and write its checkpoint folder.", **OPTIONS)
+eval_app = typer.Typer(help="Measure a checkpoint.", **OPTIONS)
 console = Console()
 
 

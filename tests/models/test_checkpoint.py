@@ -41,6 +41,7 @@ def edit_tensors(folder: Path, name: str, edit: Callable[[dict[str, Tensor]], ob
     tensors = load_file(folder / name)
     edit(tensors)
     save_file(tensors, folder / name)
+    edit_config(folder, lambda c: c["sha256"].update({name: file_sha256(folder / name)}))
 
 
 def test_a_saved_checkpoint_computes_the_same(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_wrong_tensors_are_listed_together(folder: Path) -> None:
 def test_a_truncated_file_is_named(folder: Path, name: str, size: int) -> None:
     path = folder / f"{name}.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=rf"{name}\.safetensors is missing, truncated"):
+    with pytest.raises(CheckpointError, match=rf"{name}\.safetensors is truncated"):
         load_checkpoint(folder)
 
 
@@ -109,7 +110,7 @@ def test_a_truncated_file_is_named(folder: Path, name: str, size: int) -> None:
     [
         (lambda c: c.update(colour=1), "unknown key 'colour' for CheckpointConfig"),
         (lambda c: c["dit_dh"].update(colour=1), "unknown key 'colour' for DiTDHConfig"),
-        (lambda c: c["dit_dh"].pop("depth"), "DiTDHConfig: .*'depth'"),
+        (lambda c: c["dit_dh"].pop("depth"), "missing key 'depth' for DiTDHConfig"),
         (lambda c: c["dit_dh"].update(depth=-2), "depth -2 is not a positive integer"),
         (lambda c: c["dit_dh"].update(num_heads=5), "hidden_size 32 must be num_heads 5 times"),
         (lambda c: c.update(format_version=2), "format_version 2; this rae-server reads 1 to 1"),
@@ -176,6 +177,20 @@ def test_statistics_broadcast_and_the_mean_may_be_absent(folder: Path) -> None:
     torch.testing.assert_close(rae.latents_std[3, 2, 1].item(), (4 + 1e-5) ** 0.5)
     edit_tensors(folder, "decoder.safetensors", lambda t: t.update(latents_var=torch.ones(5)))
     with pytest.raises(CheckpointError, match=r"latents_var \(5,\) for \(32, 4, 4\)"):
+        load_checkpoint(folder)
+
+
+def test_other_weights_may_not_pass_for_the_recorded_ones(folder: Path) -> None:
+    tensors = load_file(folder / "dit_dh.safetensors")
+    tensors["blocks.0.norm1.weight"][0] += 1e-3
+    save_file(tensors, folder / "dit_dh.safetensors")
+    with pytest.raises(CheckpointError, match=r"dit_dh\.safetensors has sha256 .* says"):
+        load_checkpoint(folder)
+
+
+def test_an_absent_file_is_said(folder: Path) -> None:
+    (folder / "guide.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"guide\.safetensors is missing"):
         load_checkpoint(folder)
 
 

@@ -69,8 +69,8 @@ REFUSED = [
     ("format", '"gif"', '"gif"', "png, jpeg or webp"),
     ("format", '"PNG"', '"PNG"', "png, jpeg or webp"),
     ("solver", '"heun2"', '"heun2"', "euler"),
-    ("class", "1", "1", "no such field; the fields are class_id, class_name, cfg, steps"),
-    (r"\ud800", "1", "1", "no such field"),
+    ("class", "1", "1", "no field of this name, only class_id, class_name, cfg, steps"),
+    (r"\ud800", "1", "1", "no field of this name, only"),
 ]
 
 

@@ -45,6 +45,21 @@ def test_a_large_request_does_not_keep_a_small_one_out() -> None:
     assert names(scheduler.admit()) == ["large", "small", "large", "large"]
 
 
+def test_slots_are_kept_for_requests_that_come_later() -> None:
+    scheduler = Scheduler(num_slots=16)
+    for name in ("large", "also large"):
+        scheduler.add(make_request(name, *[400] * 64))
+    assert len(scheduler.admit()) == 14
+    for name in ("small", "another", "late"):
+        scheduler.add(make_request(name, 10))
+    assert names(scheduler.admit()) == ["small", "another"]
+    assert names([sample for _ in range(9) for sample in scheduler.advance()]) == [
+        "small",
+        "another",
+    ]
+    assert names(scheduler.admit()) == ["late"], "not one more of the large ones"
+
+
 def test_the_oldest_of_equals_is_first() -> None:
     scheduler = Scheduler(num_slots=3)
     for name in "abcd":
