@@ -116,7 +116,7 @@ def test_a_client_that_leaves_frees_its_slots_and_harms_nobody(url: str) -> None
     cancelled_before, rows_before = scraped(url, cancelled), scraped(url, rows)
     leaving = connect(url)
     leaving.request("POST", "/generate", json.dumps(LARGE), JSON)
-    wait_until(lambda: scraped(url, "rae_running_images") == 8, 20)
+    wait_until(lambda: scraped(url, "rae_running_images") == 7, 20)
     with ThreadPoolExecutor() as threads:
         staying = threads.submit(post, url, SMALL)
         wait_until(lambda: scraped(url, "rae_waiting_images") > 0, 20)
