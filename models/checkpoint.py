@@ -32,7 +32,6 @@ GUIDE_FILE = "guide.safetensors"
 MAX_CFG = 100
 STATISTICS = ("latents_mean", "latents_var", "eps")
 
-
 OBJECT, OPTIONAL, ARRAY, STRING = (dict,), (dict, NoneType), (list,), (str,)
 JSON_NAMES = {OBJECT: "an object", OPTIONAL: "an object or null", ARRAY: "a list", STRING: "text"}
 JSON_TYPES = {
@@ -234,6 +233,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_problem(path: Path, recorded: str) -> str | None:
+    """Why a file is not the one whose sha256 is recorded, or None."""
+    if not path.is_file():
+        return f"{path} is missing"
+    actual = file_sha256(path)
+    return (
+        None if actual == recorded else f"{path} has sha256 {actual}, config.json says {recorded}"
+    )
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, memory-mapped. Raises CheckpointError."""
     if not path.is_file():
@@ -250,11 +259,9 @@ def _check_sha256(config: CheckpointConfig, folder: Path, *, with_encoder: bool)
     for name, recorded in config.sha256.items():
         if name.startswith("encoder/") and not with_encoder:
             continue
-        actual = file_sha256(folder / name)
-        if actual != recorded:
-            raise CheckpointError(
-                f"{folder / name} has sha256 {actual}, config.json says {recorded}"
-            )
+        problem = file_problem(folder / name, recorded)
+        if problem:
+            raise CheckpointError(problem)
 
 
 def _load_rae(config: CheckpointConfig, folder: Path) -> RAE:

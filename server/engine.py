@@ -172,7 +172,7 @@ class Engine:
         method = methods[0] if methods else "cfg"
         cfg = 2.0 if methods else 1.0
         spec = ImageSpec(class_label=0, seed=0, steps=3, cfg=cfg, guidance_method=method)
-        slots = range(self._num_slots)
+        slots, costs = range(self._num_slots), self._runner.plan(spec).costs
         for slot in slots:
             self._runner.start(slot, spec)
         for step in range(spec.num_evaluations):
@@ -180,7 +180,7 @@ class Engine:
                 return
             started = time.perf_counter()
             self._runner.step([(slot, step) for slot in slots])
-            cost = self._num_slots * (1 + bool(methods))
+            cost = self._num_slots * (costs[step] - costs[step + 1])
             self._rate = cost / (time.perf_counter() - started)
         self._runner.decode(slots)
         self.ready = True

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rae.models.checkpoint import file_sha256, load_checkpoint
+from rae.models.checkpoint import file_problem, load_checkpoint
 from rae.server.limits import Limits
 from rae.server.schemas import ModelInfo
 
@@ -40,17 +40,13 @@ def report(folder: Path, console: Console) -> list[str]:
         table.add_row(name, value)
     problems = []
     for name, recorded in config.sha256.items():
-        path = folder / name
-        if not path.is_file():
-            state = "is missing"
-        elif (actual := file_sha256(path)) != recorded:
-            state = f"has sha256 {actual}, config.json says {recorded}"
+        problem = file_problem(folder / name, recorded)
+        if problem:
+            problems.append(problem)
+            table.add_row(name, problem, style="red")
         else:
-            size_mb = path.stat().st_size / 1e6
+            size_mb = (folder / name).stat().st_size / 1e6
             table.add_row(name, f"{size_mb:.2f} MB, sha256 as recorded")
-            continue
-        problems.append(f"{path} {state}")
-        table.add_row(name, state, style="red")
     if not config.sha256:
         table.add_row("files", "no sha256 recorded")
     console.print(table)

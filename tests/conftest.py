@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,17 +36,7 @@ def write_tiny_checkpoint(folder: Path) -> Path:
         head_num_heads=4,
         num_classes=4,
     )
-    guide = DiTDHConfig(
-        latent_channels=32,
-        latent_size=4,
-        hidden_size=32,
-        depth=1,
-        num_heads=2,
-        head_hidden_size=32,
-        head_depth=1,
-        head_num_heads=2,
-        num_classes=4,
-    )
+    guide = replace(dit_dh, depth=1, num_heads=2, head_hidden_size=32, head_num_heads=2)
     decoder = DecoderConfig(
         latent_channels=32,
         hidden_size=32,

@@ -91,17 +91,7 @@ DIT_DH = DiTDHConfig(
     head_num_heads=4,
     num_classes=len(CLASS_NAMES),
 )
-GUIDE = DiTDHConfig(
-    latent_channels=CHANNELS,
-    latent_size=GRID,
-    hidden_size=64,
-    depth=2,
-    num_heads=4,
-    head_hidden_size=128,
-    head_depth=1,
-    head_num_heads=4,
-    num_classes=len(CLASS_NAMES),
-)
+GUIDE = replace(DIT_DH, hidden_size=64, depth=2, head_hidden_size=128, head_depth=1)
 
 
 @dataclass(frozen=True, kw_only=True)

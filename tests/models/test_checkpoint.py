@@ -188,6 +188,12 @@ def test_other_weights_may_not_pass_for_the_recorded_ones(folder: Path) -> None:
         load_checkpoint(folder)
 
 
+def test_a_recorded_file_that_is_absent_is_said(folder: Path) -> None:
+    edit_config(folder, lambda c: c["sha256"].update({"more.safetensors": "0" * 64}))
+    with pytest.raises(CheckpointError, match=r"more\.safetensors is missing"):
+        load_checkpoint(folder)
+
+
 def test_an_absent_file_is_said(folder: Path) -> None:
     (folder / "guide.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"guide\.safetensors is missing"):

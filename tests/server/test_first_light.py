@@ -82,6 +82,7 @@ def test_the_same_seed_gives_the_same_bytes_alone_and_among_twenty(url: str) -> 
         assert len({future.result() for future in ahead + behind}) == 20
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_every_batch_size_from_1_to_40_gives_the_same_image(dtype: torch.dtype) -> None:
     runner = Runner(load_checkpoint(embedded_model()), torch.device("cpu"), dtype, num_slots=40)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,14 +48,6 @@ def solo(checkpoint: Checkpoint, spec: ImageSpec, dtype: torch.dtype) -> np.ndar
             guide=checkpoint.guide,
         )
         return to_uint8(checkpoint.rae.decode(latents))[0].permute(1, 2, 0).numpy()
-
-
-@pytest.fixture(params=[1, 2, 3], ids=lambda count: f"{count} threads")
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")
