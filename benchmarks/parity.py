@@ -21,7 +21,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rae.models.checkpoint import load_strictly, read_tensors
 from rae.models.config import DecoderConfig, DiTDHConfig
 from rae.models.decoder import Decoder
 from rae.models.dit_dh import DiTDH
@@ -34,6 +33,7 @@ from rae.models.sampling import (
     shift_time,
     timesteps,
 )
+from rae.models.tensor_files import load_strictly, read_tensors
 from rae.training.losses import interpolate, logit_normal_quantile, velocity_loss
 
 FORWARD_BOUND = 1e-5

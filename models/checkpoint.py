@@ -1,4 +1,4 @@
-"""The checkpoint folder: what training writes and the server reads.
+"""The checkpoint folder: what training and conversion write and the server reads.
 
 `config.json` names everything; weights are safetensors, loaded strictly onto meta-device models.
 Nothing is ever unpickled.
@@ -7,149 +7,36 @@ Nothing is ever unpickled.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import NoneType
-from typing import Any, Self
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError
 
-from rae.models.config import DecoderConfig, DiTDHConfig, GuidanceMethod, from_dict, is_number
+from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig, parse_config
+from rae.models.config import DiTDHConfig
 from rae.models.dit_dh import DiTDH
-from rae.models.encoder import EncoderConfig, load_encoder
+from rae.models.encoder import load_encoder
 from rae.models.rae import RAE
-from rae.models.sampling import Guidance
+from rae.models.tensor_files import (
+    CheckpointError,
+    file_problem,
+    file_sha256,
+    load_strictly,
+    read_tensors,
+    write_tensors,
+)
 
-FORMAT_VERSION = 1
 DIT_DH_FILE = "dit_dh.safetensors"
 DECODER_FILE = "decoder.safetensors"
 GUIDE_FILE = "guide.safetensors"
-MAX_CFG = 100
 STATISTICS = ("latents_mean", "latents_var", "eps")
 
-OBJECT, OPTIONAL, ARRAY, STRING = (dict,), (dict, NoneType), (list,), (str,)
-JSON_NAMES = {OBJECT: "an object", OPTIONAL: "an object or null", ARRAY: "a list", STRING: "text"}
-JSON_TYPES = {
-    **dict.fromkeys(("dit_dh", "decoder", "defaults", "sha256", "notes"), OBJECT),
-    **dict.fromkeys(("guide", "encoder"), OPTIONAL),
-    **dict.fromkeys(("classes", "image_mean", "image_std"), ARRAY),
-    **dict.fromkeys(("name", "source", "license"), STRING),
-}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used, and why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerDefaults:
-    """What a request gets that does not say. `cfg` and the interval as on the wire."""
-
-    steps: int = 50
-    cfg: float = 1.0
-    guidance_method: GuidanceMethod = "cfg"
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 2:
-            raise ValueError(f"steps {self.steps!r}: a grid has at least 2 points")
-        if not is_number(self.cfg) or not 1 <= self.cfg <= MAX_CFG:
-            raise ValueError(f"cfg {self.cfg!r} is not in [1, {MAX_CFG}]")
-        Guidance(self.cfg, self.guidance_interval, self.guidance_method)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """The contents of config.json but for the format version."""
-
-    name: str
-    dit_dh: DiTDHConfig
-    decoder: DecoderConfig
-    guide: DiTDHConfig | None = None
-    encoder: EncoderConfig | None = None
-    classes: tuple[str, ...]
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
-    shift: float
-    defaults: SamplerDefaults = field(default_factory=SamplerDefaults)
-    source: str = ""
-    license: str = ""
-    sha256: Mapping[str, str] = field(default_factory=dict)
-    notes: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not all(isinstance(name, str) for name in self.classes):
-            raise ValueError(f"classes {self.classes[:5]!r} are not all names")
-        if len(self.classes) != self.dit_dh.num_classes:
-            raise ValueError(
-                f"{len(self.classes)} class names for num_classes {self.dit_dh.num_classes}"
-            )
-        if len(self.image_mean) != 3 or not all(map(is_number, self.image_mean)):
-            raise ValueError(f"image_mean {self.image_mean} is not 3 numbers")
-        if len(self.image_std) != 3 or not all(is_number(x) and x > 0 for x in self.image_std):
-            raise ValueError(f"image_std {self.image_std} is not 3 positive numbers")
-        if not is_number(self.shift) or self.shift <= 0:
-            raise ValueError(f"shift {self.shift!r} is not a positive number")
-        if self.defaults.cfg > 1 and self.defaults.guidance_method not in self.guidance_methods:
-            raise ValueError(
-                f"default guidance_method {self.defaults.guidance_method!r} needs what this "
-                f"checkpoint lacks; it has {', '.join(self.guidance_methods) or 'none'}"
-            )
-        decoder_shape = (self.decoder.latent_channels, self.decoder.grid, self.decoder.grid)
-        if self.dit_dh.latent_shape != decoder_shape:
-            raise ValueError(
-                f"latents: {self.dit_dh.latent_shape} of dit_dh, {decoder_shape} of decoder"
-            )
-        if self.guide is not None and (
-            self.guide.latent_shape != self.dit_dh.latent_shape
-            or self.guide.num_classes != self.dit_dh.num_classes
-            or self.guide.has_null_label < self.dit_dh.has_null_label
-        ):
-            raise ValueError("guide and dit_dh differ in latent shape, classes or null label")
-
-    @property
-    def guidance_methods(self) -> tuple[GuidanceMethod, ...]:
-        """What this checkpoint can be guided by."""
-        cfg: tuple[GuidanceMethod, ...] = ("cfg",) if self.dit_dh.has_null_label else ()
-        return (*cfg, "autoguidance") if self.guide else cfg
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Raises ValueError that names an unknown key, a missing one, or a newer format."""
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError("config.json does not hold an object")
-        version = values.pop("format_version", None)
-        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-            raise ValueError(
-                f"format_version {version!r}; this rae-server reads 1 to {FORMAT_VERSION}"
-            )
-        for key, kinds in JSON_TYPES.items():
-            if key in values and not isinstance(values[key], kinds):
-                raise ValueError(f"{key} {values[key]!r} is not {JSON_NAMES[kinds]}")
-        parts = {
-            "dit_dh": DiTDHConfig,
-            "guide": DiTDHConfig,
-            "decoder": DecoderConfig,
-            "encoder": EncoderConfig,
-            "defaults": SamplerDefaults,
-        }
-        for key, part in parts.items():
-            if values.get(key) is not None:
-                values[key] = from_dict(part, values[key])
-        for key in ("classes", "image_mean", "image_std"):
-            if key in values:
-                values[key] = tuple(values[key])
-        return from_dict(cls, values)
-
-    def to_json(self) -> str:
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n"
+C = TypeVar("C", bound=AutoencoderConfig)
 
 
 @dataclass(frozen=True)
@@ -165,6 +52,17 @@ class Checkpoint:
 
 def read_config(folder: Path) -> tuple[CheckpointConfig, str]:
     """The configuration of a checkpoint folder and its sha256. Raises CheckpointError."""
+    config, sha256 = read_any_config(folder)
+    if not isinstance(config, CheckpointConfig):
+        raise CheckpointError(
+            f"{folder} holds an autoencoder without a DiT^DH: `rae reconstruct` can use it, "
+            "nothing can be generated"
+        )
+    return config, sha256
+
+
+def read_any_config(folder: Path) -> tuple[AutoencoderConfig, str]:
+    """As `read_config`, also of a folder that holds no DiT^DH."""
     path = folder / "config.json"
     try:
         data = path.read_bytes()
@@ -173,7 +71,7 @@ def read_config(folder: Path) -> tuple[CheckpointConfig, str]:
             f"{folder} is not a checkpoint folder: no readable config.json"
         ) from error
     try:
-        return CheckpointConfig.from_json(data.decode()), hashlib.sha256(data).hexdigest()
+        return parse_config(data.decode()), hashlib.sha256(data).hexdigest()
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -185,22 +83,39 @@ def load_checkpoint(folder: Path, *, with_encoder: bool = False) -> Checkpoint:
     names a file that is not the one whose sha256 is recorded.
     """
     config, sha256 = read_config(folder)
-    with torch.device("meta"):
-        dit_dh = DiTDH(config.dit_dh)
-        guide = DiTDH(config.guide) if config.guide else None
-    load_strictly(dit_dh, read_tensors(folder / DIT_DH_FILE), folder / DIT_DH_FILE)
-    if guide is not None:
-        load_strictly(guide, read_tensors(folder / GUIDE_FILE), folder / GUIDE_FILE)
-    rae = _load_rae(config, folder)
-    _check_sha256(config, folder, with_encoder=with_encoder)
+    with _checked(config, folder, with_encoder=with_encoder):
+        dit_dh = load_dit_dh(config.dit_dh, folder / DIT_DH_FILE)
+        guide = load_dit_dh(config.guide, folder / GUIDE_FILE) if config.guide else None
+        rae = load_rae(config, folder / DECODER_FILE)
     if with_encoder:
-        if config.encoder is None:
-            raise CheckpointError(f"{folder} holds no encoder")
-        try:
-            rae.encoder = load_encoder(config.encoder, folder / "encoder")
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / 'encoder'}: {error}") from error
+        attach_encoder(rae, config, folder)
     return Checkpoint(config, sha256, dit_dh, rae, guide)
+
+
+def load_autoencoder(folder: Path, encoder: Path | None = None) -> tuple[AutoencoderConfig, RAE]:
+    """Only the RAE of a folder, with its encoder: the folder's own, or `encoder`, a transformers
+    folder of the same kind. Raises CheckpointError."""
+    config, _ = read_any_config(folder)
+    names = [name for name in config.sha256 if name == DECODER_FILE or name.startswith("encoder/")]
+    config = replace(config, sha256={name: config.sha256[name] for name in names})
+    with _checked(config, folder, with_encoder=encoder is None):
+        rae = load_rae(config, folder / DECODER_FILE)
+    attach_encoder(rae, config, folder, encoder)
+    return config, rae
+
+
+def attach_encoder(
+    rae: RAE, config: AutoencoderConfig, folder: Path, encoder: Path | None = None
+) -> None:
+    """Load the encoder into `rae`. Raises CheckpointError where it is not there or is another."""
+    if config.encoder is None or (encoder is None and not config.has_encoder):
+        wanted = f" ({config.encoder.name})" if config.encoder and config.encoder.name else ""
+        raise CheckpointError(f"{folder} holds no encoder{wanted}")
+    path = encoder or folder / "encoder"
+    try:
+        rae.encoder = load_encoder(config.encoder, path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def save_checkpoint(
@@ -212,60 +127,41 @@ def save_checkpoint(
     an encoder. config.json comes last: without it a folder is no checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _save(dit_dh.state_dict(), folder / DIT_DH_FILE)
-    if guide is not None:
-        _save(guide.state_dict(), folder / GUIDE_FILE)
     statistics = {key: getattr(rae, key) for key in STATISTICS if getattr(rae, key) is not None}
-    _save({**rae.decoder.state_dict(), **statistics}, folder / DECODER_FILE)
-    names = [DIT_DH_FILE, DECODER_FILE] + [GUIDE_FILE] * (guide is not None)
-    if config.encoder is not None:
-        names += sorted(f"encoder/{path.name}" for path in folder.glob("encoder/*"))
-    for name in names:
+    sha256 = {
+        DIT_DH_FILE: write_tensors(folder / DIT_DH_FILE, dit_dh.state_dict()),
+        DECODER_FILE: write_tensors(
+            folder / DECODER_FILE, {**rae.decoder.state_dict(), **statistics}
+        ),
+    }
+    if guide is not None:
+        sha256[GUIDE_FILE] = write_tensors(folder / GUIDE_FILE, guide.state_dict())
+    return write_config(folder, replace(config, sha256=sha256))
+
+
+def write_config(folder: Path, config: C) -> C:
+    """Write config.json, with the sha256 of what lies in encoder/ beside the given ones."""
+    encoder = sorted(f"encoder/{path.name}" for path in folder.glob("encoder/*"))
+    for name in encoder:
         (folder / name).chmod(0o644)  # safetensors leaves a file readable by its owner alone
-    hashes = {name: file_sha256(folder / name) for name in names}
-    config = replace(config, sha256=hashes)
-    (folder / "config.json").write_text(config.to_json())
+    hashes = {name: file_sha256(folder / name) for name in encoder}
+    config = replace(config, sha256={**config.sha256, **hashes})
+    written = folder / "config.tmp"
+    written.write_text(config.to_json())
+    written.replace(folder / "config.json")
     return config
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def load_dit_dh(config: DiTDHConfig, path: Path) -> DiTDH:
+    """Raises CheckpointError."""
+    with torch.device("meta"):
+        dit_dh = DiTDH(config)
+    load_strictly(dit_dh, read_tensors(path), path)
+    return dit_dh
 
 
-def file_problem(path: Path, recorded: str) -> str | None:
-    """Why a file is not the one whose sha256 is recorded, or None."""
-    if not path.is_file():
-        return f"{path} is missing"
-    actual = file_sha256(path)
-    return (
-        None if actual == recorded else f"{path} has sha256 {actual}, config.json says {recorded}"
-    )
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, memory-mapped. Raises CheckpointError."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from error
-
-
-def _check_sha256(config: CheckpointConfig, folder: Path, *, with_encoder: bool) -> None:
-    """An image names its checkpoint by these: other weights may not pass for it."""
-    for name, recorded in config.sha256.items():
-        if name.startswith("encoder/") and not with_encoder:
-            continue
-        problem = file_problem(folder / name, recorded)
-        if problem:
-            raise CheckpointError(problem)
-
-
-def _load_rae(config: CheckpointConfig, folder: Path) -> RAE:
-    path = folder / DECODER_FILE
+def load_rae(config: AutoencoderConfig, path: Path) -> RAE:
+    """The RAE without its encoder. Raises CheckpointError."""
     tensors = read_tensors(path)
     with torch.device("meta"):
         rae = RAE(
@@ -292,34 +188,16 @@ def _load_rae(config: CheckpointConfig, folder: Path) -> RAE:
     return rae.eval().requires_grad_(False)
 
 
-def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Assign `tensors` to a (meta-device) model. Raises CheckpointError that lists every
-    missing, unexpected and misshapen tensor; `path` is for the message."""
-    expected = model.state_dict()
-    problems = [
-        f"missing {key} {list(expected[key].shape)}" for key in expected if key not in tensors
-    ]
-    problems += [
-        f"unexpected {key} {list(tensors[key].shape)}" for key in tensors if key not in expected
-    ]
-    problems += [
-        f"{key} is {list(value.shape)}, expected {list(expected[key].shape)}"
-        for key, value in tensors.items()
-        if key in expected and value.shape != expected[key].shape
-    ]
-    problems += [
-        f"{key} is {value.dtype}, expected a floating type"
-        for key, value in tensors.items()
-        if key in expected and not value.is_floating_point()
-    ]
-    if problems:
-        raise CheckpointError(f"{path}: " + "; ".join(problems))
-    model.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
-    model.eval().requires_grad_(False)
+@contextmanager
+def _checked(config: AutoencoderConfig, folder: Path, *, with_encoder: bool) -> Iterator[None]:
+    """Hash the files beside what is done meanwhile; raises CheckpointError at the end.
 
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    # Not in place: the tensors may be mapped from the very file that is replaced.
-    written = path.with_suffix(".tmp")
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, written)
-    written.replace(path)
+    An image names its checkpoint by these hashes: other weights may not pass for it.
+    """
+    names = [name for name in config.sha256 if with_encoder or not name.startswith("encoder/")]
+    with ThreadPoolExecutor(thread_name_prefix="sha256") as pool:
+        problems = pool.map(lambda name: file_problem(folder / name, config.sha256[name]), names)
+        yield
+        for problem in problems:
+            if problem:
+                raise CheckpointError(problem)

@@ -20,10 +20,12 @@ EncoderKind = Literal["dinov2", "siglip2", "mae"]
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """`image_size` is what the encoder sees: 224 for DINOv2/14 where the decoder makes 256."""
+    """`image_size` is what the encoder sees: 224 for DINOv2/14 where the decoder makes 256;
+    `name` says which weights, as on the hub: facebook/dinov2-with-registers-base."""
 
     kind: EncoderKind
     image_size: int
+    name: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(EncoderKind):

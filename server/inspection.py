@@ -7,7 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rae.models.checkpoint import file_problem, load_checkpoint
+from rae.models.checkpoint import load_checkpoint
+from rae.models.checkpoint_config import AutoencoderConfig
+from rae.models.tensor_files import file_problem
 from rae.server.limits import Limits
 from rae.server.schemas import ModelInfo
 
@@ -29,7 +31,7 @@ def report(folder: Path, console: Console) -> list[str]:
         "image": f"{model.image_size} × {model.image_size} px",
         "latents": " × ".join(map(str, model.latent_shape)),
         **{f"{name} parameters": f"{count:,}" for name, count in model.parameters.items()},
-        "encoder": config.encoder.kind if config.encoder else "none",
+        "encoder": encoder_of(config),
         "shift": f"{model.shift:g}",
         "defaults": defaults,
         "guidance": ", ".join(model.guidance_methods) or "none",
@@ -51,3 +53,11 @@ def report(folder: Path, console: Console) -> list[str]:
         table.add_row("files", "no sha256 recorded")
     console.print(table)
     return problems
+
+
+def encoder_of(config: AutoencoderConfig) -> str:
+    """Which encoder the RAE was trained with, and whether the folder holds it."""
+    if config.encoder is None:
+        return "none"
+    name = f"{config.encoder.name or config.encoder.kind} at {config.encoder.image_size} px"
+    return name if config.has_encoder else f"{name}, not in this folder"

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Self
 
-from rae.models.checkpoint import MAX_CFG, CheckpointConfig, SamplerDefaults
+from rae.models.checkpoint_config import MAX_CFG, CheckpointConfig, SamplerDefaults
 from rae.models.config import GuidanceMethod
 
 NUMBERS = ("class_id", "cfg", "steps", "n", "seed")

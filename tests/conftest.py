@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rae.models.checkpoint import CheckpointConfig, SamplerDefaults, save_checkpoint
+from rae.models.checkpoint import save_checkpoint
+from rae.models.checkpoint_config import CheckpointConfig, SamplerDefaults
 from rae.models.config import DecoderConfig, DiTDHConfig
 from rae.models.dit_dh import DiTDH
 from rae.models.rae import RAE

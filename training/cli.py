@@ -19,19 +19,15 @@ from rich.progress import (
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from rae.models.checkpoint import (
-    DECODER_FILE,
-    DIT_DH_FILE,
-    GUIDE_FILE,
-    CheckpointError,
-    load_checkpoint,
-)
+from rae.models.checkpoint import DECODER_FILE, DIT_DH_FILE, GUIDE_FILE, load_checkpoint
+from rae.models.tensor_files import CheckpointError
 from rae.training.digits import SAMPLES_PER_CLASS, Recipe, train_digits
 from rae.training.evaluate import Criterion, evaluate, generate_default, protocol_labels, save_grid
 from rae.training.loop import DivergedError
 
 FILES = (DIT_DH_FILE, DECODER_FILE, GUIDE_FILE)
-LEFTOVERS = {"samples", "encoder", *FILES, *(Path(name).stem + ".tmp" for name in FILES)}
+WRITTEN = (*FILES, "config.json")
+LEFTOVERS = {"samples", "encoder", *FILES, *(Path(name).stem + ".tmp" for name in WRITTEN)}
 EMBEDDED = Path(__file__).parent.parent / "models" / "digits"
 
 OPTIONS: Any = {"no_args_is_help": True, "add_completion": False}

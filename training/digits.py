@@ -14,7 +14,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import ViTMAEConfig
 
-from rae.models.checkpoint import Checkpoint, CheckpointConfig, SamplerDefaults, save_checkpoint
+from rae.models.checkpoint import Checkpoint, save_checkpoint
+from rae.models.checkpoint_config import CheckpointConfig, SamplerDefaults
 from rae.models.config import DecoderConfig, DiTDHConfig
 from rae.models.decoder import Decoder
 from rae.models.dit_dh import DiTDH

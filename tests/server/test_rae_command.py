@@ -54,11 +54,11 @@ def truncate(folder: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "missing tensor": (
         edit_tensors(lambda tensors: tensors.pop("s_embedder.proj.weight")),
-        ("dit_dh.safetensors", "missing s_embedder.proj.weight"),
+        ("dit_dh.safetensors", "1 missing: s_embedder.proj.weight"),
     ),
     "unexpected tensor": (
         edit_tensors(lambda tensors: tensors.update(extra=torch.zeros(2))),
-        ("dit_dh.safetensors", "unexpected extra [2]"),
+        ("dit_dh.safetensors", "1 unexpected: extra [2]"),
     ),
     "wrong shape": (
         edit_tensors(lambda tensors: tensors.update({"s_embedder.proj.bias": torch.zeros(3)})),

@@ -14,9 +14,10 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 from rae.models import checkpoint
-from rae.models.checkpoint import file_sha256, load_checkpoint, read_config
+from rae.models.checkpoint import load_checkpoint, read_config
 from rae.models.config import DiTDHConfig
 from rae.models.dit_dh import DiTDH
+from rae.models.tensor_files import file_sha256
 from rae.training import cli, digits
 from rae.training.data import render, split_digits
 from rae.training.digits import Recipe, Reporter, train_digits
@@ -170,24 +171,24 @@ def test_an_interrupt_while_writing_leaves_a_folder_to_train_into(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    save = checkpoint.save_file
+    save = checkpoint.write_tensors
 
     def untrained(config: DiTDHConfig, *_: object, on_step: OnStep, **__: object) -> DiTDH:
         model = DiTDH(config)
         on_step(1, 1.0, model)
         return model
 
-    def interrupted(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        save(tensors, path)
-        if path.name == "decoder.tmp":
+    def interrupted(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+        if path.name == "decoder.safetensors":
             raise KeyboardInterrupt
+        return save(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    monkeypatch.setattr(checkpoint, "write_tensors", interrupted)
     monkeypatch.setattr(digits, "train_dit_dh", untrained)
     monkeypatch.setattr(cli, "Recipe", lambda **_: MINIATURE)
     result = CliRunner().invoke(cli.train_app, ["digits", "--out", str(out)])
     assert result.exit_code == 130
-    assert {path.name for path in out.iterdir()} > {"encoder", "decoder.tmp"}
+    assert {path.name for path in out.iterdir()} == {"encoder", "dit_dh.safetensors"}
     assert cli.unusable(out) is None
 
 

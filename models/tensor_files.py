@@ -1,0 +1,138 @@
+"""Files of named tensors: safetensors, read mapped and strictly, written as a stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+LISTED_PROBLEMS = 8
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder, or a file for one, that cannot be used, and why."""
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, memory-mapped. Raises CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write fp32 and bf16 tensors as safetensors, one at a time; returns the file's sha256.
+
+    safetensors' own writer copies every tensor before it writes the first: 2 × the file. Raises
+    CheckpointError, and leaves no file, where a value is not finite.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # fp32 stays aligned
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    data = json.dumps(header, separators=(",", ":")).encode()
+    data += b" " * (-len(data) % 8)
+    sha256 = hashlib.sha256()
+    # Not in place: the tensors may be mapped from the very file that is replaced.
+    written = path.with_suffix(".tmp")
+    try:
+        with written.open("wb") as file:
+            for chunk in (len(data).to_bytes(8, "little"), data):
+                sha256.update(chunk)
+                file.write(chunk)
+            for name in names:
+                tensor = tensors[name].detach().cpu()
+                count = int((~tensor.isfinite()).sum())
+                if count:
+                    raise CheckpointError(
+                        f"{name}: {count} of {tensor.numel()} values are not finite"
+                    )
+                raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                sha256.update(raw)
+                file.write(raw)
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
+    return sha256.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_problem(path: Path, recorded: str) -> str | None:
+    """Why a file is not the one whose sha256 is recorded, or None."""
+    if not path.is_file():
+        return f"{path} is missing"
+    actual = file_sha256(path)
+    return (
+        None if actual == recorded else f"{path} has sha256 {actual}, config.json says {recorded}"
+    )
+
+
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Assign `tensors` to a (meta-device) model, in fp32; raises what `require_match` raises."""
+    require_match(model.state_dict(), tensors, path)
+    model.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
+    model.eval().requires_grad_(False)
+
+
+def require_match(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path
+) -> None:
+    """Raises CheckpointError that lists missing, unexpected and misshapen tensors, and those
+    that are not fp32 or bf16; `path` is for the message."""
+    both = [key for key in expected if key in tensors]
+    problems = [
+        *_listed("missing", [f"{key} {_shape(expected[key])}" for key in expected.keys() - both]),
+        *_listed("unexpected", [f"{key} {_shape(tensors[key])}" for key in tensors.keys() - both]),
+        *_listed(
+            "misshapen",
+            [
+                f"{key} is {_shape(tensors[key])}, expected {_shape(expected[key])}"
+                for key in both
+                if tensors[key].shape != expected[key].shape
+            ],
+        ),
+        *_listed(
+            "of a wrong type",
+            [
+                f"{key} is {str(tensors[key].dtype).removeprefix('torch.')}, expected float32 or "
+                "bfloat16"
+                for key in both
+                if tensors[key].dtype not in SAFETENSORS_NAMES
+            ],
+        ),
+    ]
+    if problems:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}")
+
+
+def _listed(kind: str, entries: list[str]) -> list[str]:
+    if not entries:
+        return []
+    more = len(entries) - LISTED_PROBLEMS
+    shown = ", ".join(sorted(entries)[:LISTED_PROBLEMS]) + (f" and {more} more" if more > 0 else "")
+    return [f"{len(entries)} {kind}: {shown}"]
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
