@@ -55,7 +55,7 @@ class FolderSettings:
 class ClassesSettings(FolderSettings):
     query: Annotated[
         list[str] | None,
-        typer.Argument(help="An id, a name or words of one; none for every class."),
+        typer.Argument(metavar="QUERY", help="An id, a name or words of one; none for all."),
     ] = None
     imagenet: Annotated[
         bool, typer.Option("--imagenet", help="Of ImageNet's 1,000 classes; no checkpoint is read.")
