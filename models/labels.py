@@ -41,7 +41,7 @@ def find_labels(classes: tuple[str, ...], name: str) -> list[int]:
     """
     wanted, keys = _normal(name), _keys(classes)
     found = [i for i, own in enumerate(keys) if wanted in own]
-    return [i for i in found if wanted in (keys[i][0], keys[i][-1])] or found
+    return [i for i in found if wanted == keys[i][0]] or found
 
 
 def has_name(string: str, name: str) -> bool:

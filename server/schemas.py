@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from rae.models.checkpoint import Checkpoint
 from rae.models.config import GuidanceMethod
-from rae.models.labels import find_labels, first_name, has_name
+from rae.models.labels import find_labels, has_name
 from rae.server.errors import Detail, InvalidRequestError, MalformedBodyError
 from rae.server.limits import NUMBERS, Limits, clean, shown
 from rae.server.request import ImageSpec
@@ -161,7 +161,7 @@ def request_body(limits: Limits) -> dict[str, Any]:
     label, steps = min(7, len(limits.classes) - 1), min(50, limits.max_steps)
     examples: dict[str, dict[str, Any]] = {
         "one image": {"class_id": label, "steps": steps},
-        "the same image each time": {"class_name": first_name(limits.classes[label]), "seed": 7},
+        "the same image each time": {"class_name": limits.classes[label], "seed": 7},
         "several, as JSON": {"class_id": label, "n": min(4, limits.max_images), "format": "webp"},
     }
     if limits.has_null_label:
