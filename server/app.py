@@ -9,14 +9,15 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rae.models import labels
 from rae.models.checkpoint import Checkpoint
 from rae.server import errors
 from rae.server.engine import Engine
@@ -121,7 +122,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         responses={200: images_or_json, **refusals},
         openapi_extra={"requestBody": request_body(service.limits)},
     )
-    app.add_api_route("/classes", service.classes, summary="The classes")
+    app.add_api_route("/classes", service.classes, summary="The classes, or those that match")
     app.add_api_route("/info", service.get_info, summary="What runs here")
     app.add_api_route("/health/live", live, summary="Whether the process answers")
     app.add_api_route(
@@ -169,8 +170,12 @@ class Service:
             model=ModelInfo.of(checkpoint, self.limits),
         )
 
-    def classes(self) -> list[ClassItem]:
-        return [ClassItem(class_id=i, name=name) for i, name in enumerate(self.limits.classes)]
+    def classes(
+        self,
+        search: Annotated[str, Query(description="An id, a name or words; best match first.")] = "",
+    ) -> list[ClassItem]:
+        names = self.limits.classes
+        return [ClassItem(class_id=i, name=names[i]) for i in labels.search(names, search)]
 
     def get_info(self) -> Info:
         return self.info

@@ -6,13 +6,15 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from rae.models import labels
 from rae.server.settings import (
+    ClassesSettings,
     EngineSettings,
     GenerateSettings,
     ServeSettings,
@@ -119,13 +121,13 @@ def generate(settings: GenerateSettings) -> None:
 
 def file_stem(description: Mapping[str, Any]) -> str:
     """Names may be shared by classes, so the id is in it."""
-    name = re.sub(r"\W+", "-", str(description["class_name"])).strip("-")
+    name = re.sub(r"\W+", "-", labels.first_name(str(description["class_name"]))).strip("-")
     label = description["class_id"]
     kind = "unconditional" if label is None else f"{label}-{name}"
     return f"{kind}-seed{description['seed']}"
 
 
-def wanted(settings: GenerateSettings, names: Sequence[str]) -> list[dict[str, object]]:
+def wanted(settings: GenerateSettings, names: tuple[str, ...]) -> list[dict[str, object]]:
     """One request for each class; a class is a name or, where no name is like it, an id."""
     common = {
         "cfg": settings.cfg,
@@ -137,11 +139,33 @@ def wanted(settings: GenerateSettings, names: Sequence[str]) -> list[dict[str, o
     }
     classes: list[dict[str, object]] = [
         {"class_id": int(text)}
-        if text not in names and re.fullmatch(r"-?\d{1,9}", text)
+        if not labels.find_labels(names, text) and re.fullmatch(r"-?\d{1,9}", text)
         else {"class_name": text}
         for text in settings.classes or ()
     ]
     return [common | chosen for chosen in classes or [{}]]
+
+
+@app.command()
+@takes(ClassesSettings)
+def classes(settings: ClassesSettings) -> None:
+    """List the classes that match QUERY, the best match first: id and names."""
+    try:
+        names = labels.imagenet_classes() if settings.imagenet else classes_of(settings.folder)
+    except ValueError as error:
+        fail(str(error))
+    query = " ".join(settings.query or ())
+    found = labels.search(names, query)
+    if not found:
+        similar = labels.shortlist(names, labels.closest(names, query))
+        fail(f'no class matches "{query}"' + (f"; closest are {similar}" if similar else ""))
+    typer.echo("\n".join(f"{i}  {names[i]}" for i in found))
+
+
+def classes_of(folder: Path) -> tuple[str, ...]:
+    from rae.models.checkpoint import read_config
+
+    return read_config(folder)[0].classes
 
 
 @app.command()

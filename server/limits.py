@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from rae.models.checkpoint_config import MAX_CFG, CheckpointConfig, SamplerDefaults
 from rae.models.config import GuidanceMethod
+from rae.models.labels import closest, first_name, shortlist
 
 NUMBERS = ("class_id", "cfg", "steps", "n", "seed")
 SEEDS = 2**53  # what a JSON number holds exactly everywhere
@@ -50,7 +51,14 @@ class Limits:
     def class_names(self) -> str:
         """The first of them, for people."""
         more = "" if len(self.classes) <= LISTED_CLASSES else ", …; GET /classes lists all"
-        return ", ".join(self.classes[:LISTED_CLASSES]) + more
+        return ", ".join(map(first_name, self.classes[:LISTED_CLASSES])) + more
+
+    def classes_like(self, name: str) -> str:
+        """What a name may be that no class has, for people."""
+        labels = closest(self.classes, name)
+        if not labels or len(self.classes) <= LISTED_CLASSES:
+            return self.allowed("class_name")
+        return f"closest are {shortlist(self.classes, labels)}; GET /classes lists all"
 
     def bounds(self, field: str, n: int = 1) -> tuple[int, int]:
         """The closed range of a number of `n` images' request."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from rae.models.checkpoint import Checkpoint
 from rae.models.config import GuidanceMethod
+from rae.models.labels import find_labels, has_name
 from rae.server.errors import Detail, InvalidRequestError, MalformedBodyError
 from rae.server.limits import NUMBERS, Limits, clean, shown
 from rae.server.request import ImageSpec
@@ -28,7 +29,7 @@ class GenerateRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     class_id: Integer | None = Field(None, description="Class; null is unconditional.")
-    class_name: str | None = Field(None, description="A name of GET /classes, for class_id.")
+    class_name: str | None = Field(None, description="A name of a class, for class_id.")
     cfg: Number | None = Field(None, description="Guidance scale; 1 is off.")
     steps: Integer | None = Field(
         None, description="Grid points as published; there is one evaluation fewer."
@@ -69,10 +70,7 @@ class GenerateRequest(BaseModel):
     def specs(self, limits: Limits) -> list[ImageSpec]:
         """The images asked for, all defaults filled in. Needs a request of `read_request`."""
         defaults, n = limits.defaults, self.n or 1
-        label = self.class_id
-        if label is None:
-            name = self.class_name
-            label = limits.null_label if name is None else limits.classes.index(name)
+        label = limits.null_label if self.class_id is None else self.class_id
         first_seed = secrets.randbelow(RANDOM_SEEDS) if self.seed is None else self.seed
         return [
             ImageSpec(
@@ -103,17 +101,23 @@ def parse_request(body: bytes, limits: Limits) -> GenerateRequest:
 
 
 def read_request(values: Mapping[str, Any], limits: Limits) -> GenerateRequest:
-    """Raises InvalidRequestError that names every field that is out of range."""
+    """A request whose class, if named, has its id; all else as it came.
+
+    Raises InvalidRequestError that names every field that is out of range.
+    """
     try:
         request = GenerateRequest.model_validate(values, context=limits)
     except ValidationError as error:
         # A field name that is not Unicode has no location.
         names = dict.fromkeys(str(e["loc"][0]) if e["loc"] else "" for e in error.errors())
         raise InvalidRequestError([_refused(name, values, limits) for name in names]) from None
-    problems = list(_problems(request, limits))
+    name = request.class_name
+    named = [] if name is None else find_labels(limits.classes, name)
+    problems = list(_problems(request, named, limits))
     if problems:
         raise InvalidRequestError(problems)
-    return request
+    is_chosen = request.class_id is not None or name is None
+    return request if is_chosen else request.model_copy(update={"class_id": named[0]})
 
 
 def _refused(name: str, values: Mapping[str, Any], limits: Limits) -> Detail:
@@ -127,17 +131,16 @@ def _refused(name: str, values: Mapping[str, Any], limits: Limits) -> Detail:
     return Detail(name, shown(values[name]), limits.allowed(name, n))
 
 
-def _problems(request: GenerateRequest, limits: Limits) -> Iterator[Detail]:
-    """What no field says alone."""
+def _problems(request: GenerateRequest, named: list[int], limits: Limits) -> Iterator[Detail]:
+    """What no field says alone; `named` are the classes of the request's class_name."""
     name, label = request.class_name, request.class_id
-    labels = [i for i, known in enumerate(limits.classes) if known == name]
-    if name is not None and not labels:
-        yield Detail("class_name", shown(name), limits.allowed("class_name"))
-    elif name is not None and label is not None and label not in labels:
-        these = " or ".join(map(str, labels))
+    if name is not None and not named:
+        yield Detail("class_name", shown(name), limits.classes_like(name))
+    elif name is not None and label is not None and not has_name(limits.classes[label], name):
+        these = " or ".join(map(str, named))
         yield Detail("class_id", f"{label} beside class_name {shown(name)}", f"{these}, or none")
-    elif name is not None and label is None and len(labels) > 1:
-        these = " and ".join(map(str, labels))
+    elif name is not None and label is None and len(named) > 1:
+        these = " and ".join(map(str, named))
         yield Detail("class_name", shown(name), f"give class_id: {these} have this name")
     if name is None and label is None and not limits.has_null_label:
         yield Detail("class_id", "null", limits.allowed("class_id"))
@@ -220,7 +223,7 @@ class ErrorResponse(BaseModel):
 
 class ClassItem(BaseModel):
     class_id: int
-    name: str
+    name: str = Field(description="Its names, separated by commas; class_name takes any.")
 
 
 class Health(BaseModel):

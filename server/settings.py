@@ -17,7 +17,7 @@ import typer
 
 from rae.models.config import GuidanceMethod
 
-S = TypeVar("S", bound="ModelSettings")
+S = TypeVar("S", bound="FolderSettings")
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -35,7 +35,7 @@ def server_version() -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings:
+class FolderSettings:
     model: Annotated[
         Path | None,
         typer.Option(
@@ -45,6 +45,25 @@ class ModelSettings:
             rich_help_panel=MODEL,
         ),
     ] = None
+
+    @property
+    def folder(self) -> Path:
+        return self.model or embedded_model()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassesSettings(FolderSettings):
+    query: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="QUERY", help="An id, a name or words of one; none for all."),
+    ] = None
+    imagenet: Annotated[
+        bool, typer.Option("--imagenet", help="Of ImageNet's 1,000 classes; no checkpoint is read.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(FolderSettings):
     device: Annotated[
         Device,
         typer.Option(
@@ -61,10 +80,6 @@ class ModelSettings:
             rich_help_panel=MODEL,
         ),
     ] = "auto"
-
-    @property
-    def folder(self) -> Path:
-        return self.model or embedded_model()
 
 
 @dataclass(frozen=True, kw_only=True)
