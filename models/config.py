@@ -14,6 +14,8 @@ GuidanceMethod = Literal["cfg", "autoguidance"]
 
 T = TypeVar("T")
 
+PAIRS = ("hidden_size", "depth", "num_heads")  # of backbone and head in the authors' arguments
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiTDHConfig:
@@ -86,9 +88,15 @@ class DiTDHConfig:
         if not params.pop("use_rope", True):
             raise ValueError("use_rope False is not supported: only True is")
         heads = params.pop("num_heads", [16, 16])
-        heads = [heads, heads] if isinstance(heads, int) else heads
-        widths = params.pop("hidden_size", [1152, 2048])
-        depths = params.pop("depth", [28, 2])
+        pairs = {
+            "num_heads": [heads, heads] if isinstance(heads, int) else heads,
+            "hidden_size": params.pop("hidden_size", [1152, 2048]),
+            "depth": params.pop("depth", [28, 2]),
+        }
+        for name, pair in pairs.items():
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise ValueError(f"{name} {pair!r} is not a pair: [backbone, head]")
+        heads, widths, depths = pairs.values()
         return cls(
             latent_channels=params.pop("in_channels", 768),
             latent_size=params.pop("input_size", 1),
@@ -100,6 +108,20 @@ class DiTDHConfig:
             head_num_heads=heads[1],
             **_known(cls, params),
         )
+
+    def to_published(self) -> dict[str, Any]:
+        """The inverse of `from_published`."""
+        published = {
+            "latent_channels": "in_channels",
+            "latent_size": "input_size",
+        }
+        pairs = {name: [getattr(self, name), getattr(self, f"head_{name}")] for name in PAIRS}
+        single = {
+            published.get(field.name, field.name): getattr(self, field.name)
+            for field in fields(self)
+            if field.name.removeprefix("head_") not in PAIRS
+        }
+        return {"patch_size": 1, **single, **pairs}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,21 +30,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write fp32 and bf16 tensors as safetensors, one at a time; returns the file's sha256.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None
+) -> str:
+    """Write tensors as safetensors, one at a time; returns the file's sha256.
+
+    `dtypes` are fp32 or bf16, the tensors' own where it has none.
 
     safetensors' own writer copies every tensor before it writes the first: 2 × the file. Raises
     CheckpointError, and leaves no file, where a value is not finite.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # fp32 stays aligned
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()} | dict(dtypes or {})
+    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))  # fp32 stays aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        tensor = tensors[name]
-        start, end = end, end + tensor.nbytes
+        start, end = end, end + tensors[name].numel() * dtypes[name].itemsize
         header[name] = {
-            "dtype": SAFETENSORS_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": SAFETENSORS_NAMES[dtypes[name]],
+            "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }
     data = json.dumps(header, separators=(",", ":")).encode()
@@ -58,7 +62,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
                 sha256.update(chunk)
                 file.write(chunk)
             for name in names:
-                tensor = tensors[name].detach().cpu()
+                tensor = tensors[name].detach().cpu().to(dtypes[name])
                 count = int((~tensor.isfinite()).sum())
                 if count:
                     raise CheckpointError(
@@ -112,14 +116,13 @@ def require_match(
                 if tensors[key].shape != expected[key].shape
             ],
         ),
-        *_listed(
-            "of a wrong type",
-            [
-                f"{key} is {str(tensors[key].dtype).removeprefix('torch.')}, expected float32 or "
-                "bfloat16"
-                for key in both
-                if tensors[key].dtype not in SAFETENSORS_NAMES
-            ],
+        *(
+            problem
+            for dtype in {tensors[key].dtype for key in both} - SAFETENSORS_NAMES.keys()
+            for problem in _listed(
+                f"{str(dtype).removeprefix('torch.')}, not float32 or bfloat16",
+                [key for key in both if tensors[key].dtype == dtype],
+            )
         ),
     ]
     if problems:

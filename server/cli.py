@@ -15,6 +15,7 @@ import typer
 from rae.models import labels
 from rae.server.settings import (
     ClassesSettings,
+    ConvertSettings,
     EngineSettings,
     GenerateSettings,
     ServeSettings,
@@ -185,6 +186,34 @@ def info(
         fail(str(error))
     if problems:
         fail("; ".join(problems))
+
+
+@app.command()
+@takes(ConvertSettings)
+def convert(settings: ConvertSettings) -> None:
+    """Convert published files to a checkpoint folder: the authors' .pt, or diffusers'."""
+    from rae.server.conversion import run
+
+    try:
+        run(settings, typer.echo)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    typer.echo(f"Wrote {settings.out}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")],
+) -> None:
+    """Write a checkpoint folder as the authors' files: flat .pt, stat.pt and YAML."""
+    from rae.models.export import export as write
+
+    try:
+        files = write(checkpoint, out)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    typer.echo(f"Wrote {', '.join(files)} to {out}")
 
 
 @app.command(context_settings=FORWARDED, add_help_option=False)

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast, get_type_hints
 
 import typer
 
 from rae.models.config import GuidanceMethod
 
-S = TypeVar("S", bound="FolderSettings")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -25,6 +28,7 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 MODEL, ENGINE, HTTP, LIMITS = "Model", "Engine", "HTTP", "Limits of one request"
+SOURCE = "What is converted"
 
 
 def server_version() -> str:
@@ -39,7 +43,7 @@ class FolderSettings:
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint folder.",
+            help="Checkpoint folder, or nyu-visionx/RAE-collections:PRESET, downloaded once.",
             envvar="RAE_MODEL",
             show_default="the embedded digits",
             rich_help_panel=MODEL,
@@ -48,7 +52,14 @@ class FolderSettings:
 
     @property
     def folder(self) -> Path:
-        return self.model or embedded_model()
+        """Raises ValueError for a published model that cannot be had."""
+        if self.model is None:
+            return embedded_model()
+        if ":" not in self.model.name or self.model.exists():
+            return self.model
+        from rae.models.hub import local_folder
+
+        return local_folder(str(self.model), typer.echo)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +217,58 @@ class GenerateSettings(ModelSettings):
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path(".")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings:
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write; new or empty.")]
+    config: Annotated[
+        Path | None,
+        typer.Option(help="One of the authors' YAML files.", rich_help_panel=SOURCE),
+    ] = None
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A published model: DiTDH-XL-256, DiTDH-XL-512, RAE-DINOv2-B-256, …",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None
+    autoencoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="A diffusers AutoencoderRAE folder, alone or in place of the preset's or "
+            "the YAML file's RAE.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="What the YAML file's paths are relative to, or where the hub's files lie.",
+            show_default="the current folder",
+            rich_help_panel=SOURCE,
+        ),
+    ] = None
+    from_hub: Annotated[
+        bool,
+        typer.Option(
+            "--from-hub", help="Download the preset's files first.", rich_help_panel=SOURCE
+        ),
+    ] = False
+    dtype: Annotated[
+        Literal["fp32", "bf16"],
+        typer.Option(help="Of the matrix products' weights; all else is fp32."),
+    ] = "fp32"
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text file of class names, one a line.",
+            show_default="ImageNet's where there are 1,000",
+        ),
+    ] = None
+    encoder: Annotated[
+        Path | None, typer.Option(help="A transformers folder of the encoder to copy along.")
+    ] = None
+
+
 def embedded_model() -> Path:
     from rae.models import digits
 
@@ -221,7 +284,7 @@ def takes(settings: type[S]) -> Callable[[Callable[[S], None]], Callable[..., No
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
         for field in fields(settings)

@@ -88,7 +88,7 @@ def test_wrong_tensors_are_listed_together(folder: Path) -> None:
     assert "1 missing: blocks.0.attn.qkv.weight [96, 32]" in message
     assert "1 unexpected: blocks.9.attn.qkv.weight [2]" in message
     assert "pos_embed is [1, 9, 32], expected [1, 16, 32]" in message
-    assert "t_embedder.W is int64, expected float32 or bfloat16" in message
+    assert "1 int64, not float32 or bfloat16: t_embedder.W" in message
 
 
 @pytest.mark.parametrize("name", ["dit_dh", "decoder", "guide"])

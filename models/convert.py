@@ -1,0 +1,220 @@
+"""`rae convert`: published files to a checkpoint folder.
+
+One tensor at a time goes from the mapped source to the disk, so the peak memory is one source
+file and little more.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rae.models.checkpoint import (
+    DECODER_FILE,
+    DIT_DH_FILE,
+    GUIDE_FILE,
+    STATISTICS,
+    attach_encoder,
+    load_rae,
+    write_config,
+)
+from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
+from rae.models.decoder import Decoder
+from rae.models.dit_dh import DiTDH
+from rae.models.labels import imagenet_classes
+from rae.models.pickled import is_mappable, read_state_dict
+from rae.models.published import Network, Published, RAEWeights
+from rae.models.tensor_files import CheckpointError, file_sha256, require_match, write_tensors
+
+StoredDtype = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NUM_IMAGENET_CLASSES = 1000
+ENCODER_FILES = ("*.json", "*.safetensors")
+
+
+def convert(
+    published: Published,
+    out: Path,
+    *,
+    dtype: StoredDtype = "fp32",
+    classes: Sequence[str] | None = None,
+    encoder: Path | None = None,
+    notify: Callable[[str], None] = lambda _: None,
+) -> AutoencoderConfig:
+    """Write the checkpoint folder `out`, whole or not at all; returns its configuration.
+
+    `dtype` is that of the matrix products' weights; all else stays fp32. `classes`
+    are ImageNet's names where there are 1,000 and none are given. `encoder` is a transformers
+    folder to copy. Raises CheckpointError that says in one line what is wrong.
+    """
+    missing = [str(file) for file in published.files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"missing: {', '.join(missing)}")
+    for file in published.files:
+        if file.suffix == ".pt" and not is_mappable(file):
+            notify(f"{file} is of a format that cannot be mapped: it is read into memory whole")
+    with staging(out) as folder:
+        notify("RAE decoder and statistics")
+        config = _write_rae(published, folder, DTYPES[dtype])
+        for network, name in ((published.dit_dh, DIT_DH_FILE), (published.guide, GUIDE_FILE)):
+            if network is not None:
+                notify(f"{name.removesuffix('.safetensors')} of {network.file.name}")
+                sha256 = _write_network(network, folder / name, DTYPES[dtype])
+                config = replace(config, sha256={**config.sha256, name: sha256})
+        if published.dit_dh is not None:
+            config = _with_dit_dh(config, published, published.dit_dh, classes)
+        if encoder is not None:
+            _copy_encoder(encoder, folder / "encoder")
+        config = write_config(folder, config)
+        if encoder is not None:
+            attach_encoder(load_rae(config, folder / DECODER_FILE), config, folder)
+    return config
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place at the end, or is removed after an error.
+
+    Raises CheckpointError where `out` exists and is not an empty folder.
+    """
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists and is not an empty folder")
+    folder = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        if out.is_dir():
+            out.rmdir()
+        folder.replace(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def stored_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """`dtype` for what matrix products multiply and add, fp32 for norms, tables and embeddings:
+    served in bf16, a folder of either kind gives the same bytes."""
+    matmuls = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    return {name: dtype if name in matmuls else torch.float32 for name in model.state_dict()}
+
+
+def _write_network(network: Network, path: Path, dtype: torch.dtype) -> str:
+    with torch.device("meta"):
+        model = DiTDH(network.config)
+    tensors = read_state_dict(network.file, "a DiT^DH")
+    return _write_checked(model, tensors, network.file, path, dtype)
+
+
+def _write_checked(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    path: Path,
+    dtype: torch.dtype,
+    statistics: Mapping[str, Tensor] | None = None,
+) -> str:
+    require_match(model.state_dict(), tensors, source)
+    statistics = statistics or {}
+    dtypes = stored_dtypes(model, dtype) | dict.fromkeys(statistics, torch.float32)
+    try:
+        return write_tensors(path, {**tensors, **statistics}, dtypes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def _write_rae(published: Published, folder: Path, dtype: torch.dtype) -> AutoencoderConfig:
+    source = published.autoencoder.files[0]
+    weights = published.autoencoder.read()
+    statistics = _checked_statistics(weights, published.autoencoder.files[-1])
+    with torch.device("meta"):
+        decoder = Decoder(weights.decoder)
+    tensors = {key: value for key, value in weights.tensors.items() if key not in STATISTICS}
+    sha256 = _write_checked(decoder, tensors, source, folder / DECODER_FILE, dtype, statistics)
+    if weights.encoder_tensors:
+        (folder / "encoder").mkdir()
+        write_tensors(folder / "encoder" / "model.safetensors", weights.encoder_tensors)
+        encoder_config = json.dumps(weights.encoder_config, indent=1)
+        (folder / "encoder" / "config.json").write_text(encoder_config)
+    sources = {"/".join(file.parts[-2:]): file_sha256(file) for file in published.files}
+    return AutoencoderConfig(
+        name=published.name,
+        decoder=weights.decoder,
+        encoder=weights.encoder,
+        image_mean=weights.image_mean,
+        image_std=weights.image_std,
+        source=published.source,
+        license=published.license,
+        sha256={DECODER_FILE: sha256},
+        notes={"converted_from": sources},
+    )
+
+
+def _checked_statistics(weights: RAEWeights, source: Path) -> dict[str, Tensor]:
+    """The statistics, which may have the latents' shape or any that broadcasts to it."""
+    config = weights.decoder
+    shape = (config.latent_channels, config.grid, config.grid)
+    statistics = {key: weights.tensors[key] for key in STATISTICS if key in weights.tensors}
+    for key, value in statistics.items():
+        if value.dtype not in (torch.float32, torch.bfloat16):
+            raise CheckpointError(f"{source}: {key} is {value.dtype}, expected torch.float32")
+        wanted = () if key == "eps" else shape
+        squeezed = value[0] if value.ndim == 4 and len(value) == 1 else value
+        try:
+            squeezed.broadcast_to(wanted)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{source}: {key} is {list(value.shape)}, expected {list(wanted)} or what "
+                "broadcasts to it"
+            ) from error
+        statistics[key] = squeezed
+    low = float((statistics["latents_var"].double() + statistics["eps"].double()).min())
+    if not low > 0:
+        raise CheckpointError(f"{source}: the smallest variance, {low}, is not positive")
+    return statistics
+
+
+def _with_dit_dh(
+    config: AutoencoderConfig,
+    published: Published,
+    dit_dh: Network,
+    classes: Sequence[str] | None,
+) -> CheckpointConfig:
+    count = dit_dh.config.num_classes
+    if classes is None:
+        is_imagenet = count == NUM_IMAGENET_CLASSES
+        classes = imagenet_classes() if is_imagenet else [f"class {i}" for i in range(count)]
+    values: dict[str, Any] = {key: getattr(config, key) for key in config.__dataclass_fields__}
+    try:
+        return CheckpointConfig(
+            **values,
+            dit_dh=dit_dh.config,
+            guide=published.guide.config if published.guide else None,
+            classes=tuple(classes),
+            shift=published.shift,
+            defaults=published.defaults,
+        )
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _copy_encoder(source: Path, folder: Path) -> None:
+    files = [file for pattern in ENCODER_FILES for file in sorted(source.glob(pattern))]
+    if not files:
+        raise CheckpointError(f"{source} is no transformers folder: no config.json, no safetensors")
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,159 @@
+"""`rae export`: a checkpoint folder as the authors' files, for their code and for `rae convert`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae.models.checkpoint import (
+    DECODER_FILE,
+    DIT_DH_FILE,
+    GUIDE_FILE,
+    STATISTICS,
+    read_any_config,
+)
+from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
+from rae.models.config import DiTDHConfig
+from rae.models.convert import staging
+from rae.models.published import NORMALISATION
+from rae.models.published_yaml import ENCODER_CLASSES
+from rae.models.sampling import SHIFT_BASE, default_shift
+from rae.models.tensor_files import CheckpointError, read_tensors
+
+WEIGHTS = {"dit_dh": "dit_dh/stage2_model.pt", "guide": "guide/stage2_model.pt"}
+DECODER, STATS, YAML = "decoder/model.pt", "stat.pt", "config.yaml"
+
+
+def export(folder: Path, out: Path) -> list[str]:
+    """Write the authors' layout into the new folder `out`; returns the names of the files.
+
+    Flat fp32 state dicts, `stat.pt`, the decoder's config.json, and config.yaml with paths
+    relative to `out`, where the authors' format can say what the checkpoint is. Raises
+    CheckpointError.
+    """
+    config, _ = read_any_config(folder)
+    with staging(out) as staged:
+        for name in ("dit_dh", "guide"):
+            if getattr(config, name, None) is not None:
+                file = DIT_DH_FILE if name == "dit_dh" else GUIDE_FILE
+                _save(_fp32(folder / file), staged / WEIGHTS[name])
+        tensors = _fp32(folder / DECODER_FILE)
+        statistics = {key: tensors.pop(key) for key in STATISTICS if key in tensors}
+        _save(tensors, staged / DECODER)
+        mean, var = statistics.get("latents_mean"), statistics["latents_var"]
+        _save({"mean": mean, "var": var}, staged / STATS)
+        decoder = json.dumps(_decoder_json(config), indent=1) + "\n"
+        (staged / "decoder" / "config.json").write_text(decoder)
+        eps = float(str(statistics["eps"].numpy()))  # 1e-5, not its fp32's 9.999999747e-06
+        if config.encoder and NORMALISATION[config.encoder.kind] == (
+            config.image_mean,
+            config.image_std,
+        ):
+            (staged / YAML).write_text(_yaml(config, eps))
+        return sorted(str(p.relative_to(staged)) for p in staged.rglob("*") if p.is_file())
+
+
+def _fp32(path: Path) -> dict[str, Tensor]:
+    return {key: value.float() for key, value in read_tensors(path).items()}
+
+
+def _save(values: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    torch.save(values, path)
+
+
+def _decoder_json(config: AutoencoderConfig) -> dict[str, Any]:
+    """As the authors' decoder configurations, which transformers' ViTMAEConfig reads."""
+    decoder = config.decoder
+    return {
+        "model_type": "vit_mae",
+        "hidden_size": decoder.latent_channels,
+        "decoder_hidden_size": decoder.hidden_size,
+        "decoder_num_hidden_layers": decoder.depth,
+        "decoder_num_attention_heads": decoder.num_heads,
+        "decoder_intermediate_size": decoder.intermediate_size,
+        "layer_norm_eps": decoder.layer_norm_eps,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "num_channels": 3,
+    }
+
+
+def _yaml(config: AutoencoderConfig, eps: float) -> str:
+    try:
+        import yaml
+    except ImportError as error:
+        raise CheckpointError(
+            "YAML files need pyyaml: pip install 'rae-server[convert]'"
+        ) from error
+    values: dict[str, Any] = {"stage_1": _stage_1(config, eps)}
+    if isinstance(config, CheckpointConfig):
+        values |= _stage_2(config)
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _stage_1(config: AutoencoderConfig, eps: float) -> dict[str, Any]:
+    encoder = config.encoder
+    assert encoder is not None
+    cls = next(name for name, kind in ENCODER_CLASSES.items() if kind == encoder.kind)
+    path = "dinov2_path" if encoder.kind == "dinov2" else "model_name"
+    return {
+        "target": "stage1.RAE",
+        "params": {
+            "encoder_cls": cls,
+            "encoder_config_path": encoder.name,
+            "encoder_input_size": encoder.image_size,
+            "encoder_params": {path: encoder.name},
+            "decoder_config_path": "decoder",
+            "decoder_patch_size": config.decoder.patch_size,
+            "pretrained_decoder_path": DECODER,
+            "noise_tau": 0.0,
+            "reshape_to_2d": True,
+            "normalization_stat_path": STATS,
+            "eps": eps,
+        },
+    }
+
+
+def _stage_2(config: CheckpointConfig) -> dict[str, Any]:
+    defaults = config.defaults
+    low, high = defaults.guidance_interval
+    guidance: dict[str, Any] = {
+        "method": defaults.guidance_method,
+        "scale": defaults.cfg,
+        "t_min": low,
+        "t_max": high,
+    }
+    if config.guide is not None:
+        guidance["guidance_model"] = _network(config.guide, WEIGHTS["guide"])
+    shape = config.dit_dh.latent_shape
+    dim = config.shift**2 * SHIFT_BASE
+    if config.shift == default_shift(shape):
+        dim = shape[0] * shape[1] * shape[2]
+    return {
+        "stage_2": _network(config.dit_dh, WEIGHTS["dit_dh"]),
+        "transport": {"params": {"path_type": "Linear", "prediction": "velocity"}},
+        "sampler": {
+            "mode": "ODE",
+            "params": {"sampling_method": "euler", "num_steps": defaults.steps},
+        },
+        "guidance": guidance,
+        "misc": {
+            "latent_size": list(shape),
+            "num_classes": config.dit_dh.num_classes,
+            "time_dist_shift_dim": dim,
+            "time_dist_shift_base": SHIFT_BASE,
+        },
+    }
+
+
+def _network(config: DiTDHConfig, file: str) -> dict[str, Any]:
+    return {
+        "target": "stage2.models.DDT.DiTwDDTHead",
+        "params": config.to_published(),
+        "ckpt": file,
+    }
