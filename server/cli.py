@@ -15,6 +15,7 @@ import typer
 from rae.server.settings import (
     EngineSettings,
     GenerateSettings,
+    SampleSettings,
     ServeSettings,
     embedded_model,
     server_version,
@@ -142,6 +143,22 @@ def wanted(settings: GenerateSettings, names: Sequence[str]) -> list[dict[str, o
         for text in settings.classes or ()
     ]
     return [common | chosen for chosen in classes or [{}]]
+
+
+@app.command()
+@takes(SampleSettings)
+def sample(settings: SampleSettings) -> None:
+    """Sample the images of an FID into one .npz; stopped or killed, the same command goes on."""
+    from rae.server.errors import InvalidRequestError
+    from rae.server.sample import run
+
+    try:
+        exit_code = run(settings, typer.echo)
+    except InvalidRequestError as error:
+        fail(str(error), exit_code=2)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(str(error))
+    raise typer.Exit(exit_code)
 
 
 @app.command()
