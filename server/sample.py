@@ -52,6 +52,8 @@ def run(settings: SampleSettings, say: Say) -> int:
             f"--rank is {settings.rank}; allowed: 0 to {settings.world_size - 1} with --world-size "
             f"{settings.world_size}"
         )
+    if settings.world_size > 1:
+        tell, say = say, lambda text: tell(f"rank {settings.rank}: {text}")
     config, sha256 = read_config(settings.folder)
     device = resolve_device(settings.device, settings.local_rank)
     precision = resolve_precision(settings.precision, device)
@@ -92,7 +94,9 @@ def fill(
     pending = [i for i in share if not work.done[i]]
     if there := len(share) - len(pending):
         say(f"Going on: {there:,} of {len(share):,} images are there")
-    with progress(there, len(share), say) as advance:
+    # The bars of several processes on one terminal would draw over each other.
+    wants_bar = settings.world_size == 1 and Console(stderr=True).is_terminal
+    with progress(there, len(share), say, wants_bar=wants_bar) as advance:
         for first in range(0, len(pending), settings.batch):
             if signals:
                 return
@@ -140,13 +144,13 @@ def finish(
     if missing:
         ranks = sorted({i % settings.world_size for i in missing})
         say(
-            f"Done with rank {settings.rank}; {len(missing):,} of {job.num:,} images are to come "
-            f"from rank {', '.join(map(str, ranks))}; the last to end assembles {work.out}"
+            f"done; {len(missing):,} of {job.num:,} images are to come from rank "
+            f"{', '.join(map(str, ranks))}, and the last to end assembles {work.out}"
         )
         return
     with work.assembling() as is_mine:
         if not is_mine:
-            say(f"Done with rank {settings.rank}; another process assembles {work.out}")
+            say(f"done; another process assembles {work.out}")
             return
         if settings.png is not None:
             write_pngs(settings.png, work.images, checkpoint, job)
@@ -210,15 +214,16 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def progress(there: int, total: int, say: Say) -> Iterator[Callable[[int], None]]:
-    """Yields what to tell how many images were just made: a bar on a terminal, else a line now
-    and then. The pace is this run's."""
-    console = Console(stderr=True)
+def progress(
+    there: int, total: int, say: Say, *, wants_bar: bool
+) -> Iterator[Callable[[int], None]]:
+    """Yields what to tell how many images were just made, for a bar on stderr or a line now and
+    then. The pace is this run's."""
     bar = Progress(
         BarColumn(),
         TextColumn("{task.description}"),
-        console=console,
-        disable=not console.is_terminal,
+        console=Console(stderr=True),
+        disable=not wants_bar,
     )
     task = bar.add_task(f"{there:,} of {total:,} images", total=total, completed=there)
     made, started, said = 0, time.perf_counter(), -float(LINE_EVERY_S)
@@ -230,7 +235,7 @@ def progress(there: int, total: int, say: Say) -> Iterator[Callable[[int], None]
         left = timedelta(seconds=round((total - there - made) * elapsed / made))
         text = f"{there + made:,} of {total:,} images, {made / elapsed:.2f} images/s, {left} left"
         bar.update(task, completed=there + made, description=text)
-        if not console.is_terminal and (elapsed - said >= LINE_EVERY_S or there + made == total):
+        if not wants_bar and (elapsed - said >= LINE_EVERY_S or there + made == total):
             said = elapsed
             say(text)
 

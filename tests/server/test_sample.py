@@ -264,16 +264,19 @@ def test_who_is_early_says_what_is_to_come_and_who_is_late_finds_it_done(
     sample: Callable[..., Result], undisturbed: bytes, tmp_path: Path
 ) -> None:
     out = tmp_path / "a.npz"
-    for rank, to_come in ((0, "16 of 24 images are to come from rank 1, 2"), (2, "8 of 24")):
+    for rank, others in ((0, "16 of 24 images are to come from rank 1, 2"), (2, "8 of 24")):
         early = sample(out, *JOB, "--rank", str(rank), "--world-size", "3")
         assert early.exit_code == 0, early.output
-        assert to_come in early.stdout
+        assert f"rank {rank}: done; {others}" in early.stdout
         assert not out.exists()
     last = sample(out, *JOB, RANK="1", WORLD_SIZE="3")
     assert "24 images, 29 evaluations each" in last.stdout
     assert out.read_bytes() == undisturbed
     late = sample(out, *JOB, RANK="0", WORLD_SIZE="3")
-    assert (late.exit_code, late.stdout) == (0, f"{out} has been assembled by another process\n")
+    assert (late.exit_code, late.stdout) == (
+        0,
+        f"rank 0: {out} has been assembled by another process\n",
+    )
     other = sample(out, *JOB, "--cfg", "2", RANK="0", WORLD_SIZE="3")
     assert other.exit_code == 1
     assert out.read_bytes() == undisturbed
@@ -446,7 +449,7 @@ def test_the_pace_is_that_of_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 102.0, 104.0, 140.0, 141.0])
     monkeypatch.setattr("rae.server.sample.time", SimpleNamespace(perf_counter=clock.__next__))
     lines: list[str] = []
-    with progress(90, 10_000, lines.append) as advance:
+    with progress(90, 10_000, lines.append, wants_bar=False) as advance:
         for made in (5, 5, 90, 9810):
             advance(made)
     assert lines == [
