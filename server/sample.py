@@ -96,23 +96,26 @@ def fill(
         say(f"Going on: {there:,} of {len(share):,} images are there")
     # The bars of several processes on one terminal would draw over each other.
     wants_bar = settings.world_size == 1 and Console(stderr=True).is_terminal
+    # Only a CPU's rows do not depend on how many there are. A GPU takes other kernels for a smaller
+    # batch, and the last bits would depend on where a run was cut.
+    is_padded = runner.device.type != "cpu"
     with progress(there, len(share), say, wants_bar=wants_bar) as advance:
         for first in range(0, len(pending), settings.batch):
             if signals:
                 return
             started = time.perf_counter()
             indices = pending[first : first + settings.batch]
-            images = make(runner, indices, job, settings.batch)
+            images = make(runner, indices, job, settings.batch if is_padded else len(indices))
             work.write(indices, images, time.perf_counter() - started)
             advance(len(indices))
 
 
-def make(runner: Runner, indices: Sequence[int], job: Job, batch: int) -> list[np.ndarray]:
-    """Images (H, W, 3) uint8 of a batch. Raises ValueError that names one that is not finite."""
-    # Only a CPU's rows are independent of how many there are; a GPU takes another kernel for a
-    # smaller batch, so that its last bits would depend on where a run was cut.
-    slots = range(len(indices) if runner.device.type == "cpu" else batch)
-    last = len(indices) - 1
+def make(runner: Runner, indices: Sequence[int], job: Job, num_rows: int) -> list[np.ndarray]:
+    """Images (H, W, 3) uint8 of a batch, filled up to `num_rows` with its last image.
+
+    Raises ValueError that names an image that is not finite.
+    """
+    slots, last = range(num_rows), len(indices) - 1
     for slot in slots:
         runner.start(slot, job.spec(indices[min(slot, last)]))
     if job.solver == "euler":

@@ -29,8 +29,10 @@ from rae.models.config import GuidanceMethod, Solver
 from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
 from rae.server import partial
 from rae.server.cli import app
-from rae.server.sample import progress
-from rae.server.settings import embedded_model
+from rae.server.job import Job
+from rae.server.runner import Runner
+from rae.server.sample import make, progress
+from rae.server.settings import SampleSettings, embedded_model
 
 WIDE = {"COLUMNS": "200", "NO_COLOR": "1"}
 JOB = ("--num", "24", "--steps", "30", "--seed", "7", "--batch", "1")
@@ -413,6 +415,12 @@ def test_what_cannot_be_done_is_one_message(
     assert names_in(tmp_path) == []
 
 
+def test_out_is_needed() -> None:
+    refused = rae("sample", "--num", "4")
+    assert refused.exit_code == 2
+    assert "Missing option '--out'" in refused.stderr
+
+
 def test_a_full_disk_is_said_first(
     sample: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -443,6 +451,16 @@ def test_weights_that_are_not_finite_stop_it(tiny_checkpoint: Path, tmp_path: Pa
     )
     assert num_done(out) == 2
     assert not out.exists()
+
+
+def test_a_batch_that_is_filled_up_gives_the_same_images(tiny_checkpoint: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    settings = SampleSettings(out=Path("a.npz"), num=8, steps=3)
+    about = {"checkpoint_sha256": checkpoint.sha256, "device": "cpu", "precision": "fp32"}
+    job = Job.of(settings, checkpoint.config, **about)
+    runner = Runner(checkpoint, torch.device("cpu"), torch.float32, num_slots=8)
+    alone, filled = (make(runner, [2, 5, 7], job, num_rows) for num_rows in (3, 8))
+    np.testing.assert_array_equal(np.stack(filled), np.stack(alone))
 
 
 def test_the_pace_is_that_of_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
