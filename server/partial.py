@@ -69,7 +69,7 @@ class Partial:
         Raises OSError where `out` has come to be meanwhile, ValueError where the disk is full.
         """
         archive = self.folder / ARCHIVE
-        archive.unlink(missing_ok=True)
+        archive.unlink(missing_ok=True)  # rather than written to: somebody may have moved its link
         self.require_space()
         write_npz(archive, self.folder / IMAGES, labels)
         write_json(report_path(self.out), report)

@@ -355,6 +355,19 @@ def test_a_death_between_two_steps_is_made_good(
     assert names_in(tmp_path) == ["a.npz", "a.npz.json"]
 
 
+def test_a_file_that_was_moved_is_not_written_to_through_its_link(
+    sample: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, moved = tmp_path / "a.npz", tmp_path / "mine.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr("rae.server.partial.remove", lambda _: sys.exit(9))
+        assert sample(out, *JOB, "--batch", "16").exit_code == 9
+    out.rename(moved)
+    assert sample(out, *JOB).exit_code == 0
+    assert out.read_bytes() == moved.read_bytes()
+    assert not out.samefile(moved)
+
+
 def test_another_job_is_refused_by_every_field_that_differs(
     sample: Callable[..., Result], undisturbed: bytes, tmp_path: Path
 ) -> None:
