@@ -255,7 +255,7 @@ def test_two_processes_share_the_work(
 ) -> None:
     out = tmp_path / "a.npz"
     processes = [spawn(out, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    texts = [process.communicate(timeout=60)[0] for process in processes]
+    texts = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
     assert out.read_bytes() == undisturbed
     assert sum("24 images, 29 evaluations each" in text for text in texts) == 1, texts
