@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal, Self, TypeVar, get_type_hints
 
 GuidanceMethod = Literal["cfg", "autoguidance"]
+Solver = Literal["euler", "heun2", "midpoint"]
 
 T = TypeVar("T")
 

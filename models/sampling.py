@@ -10,18 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rae.models.config import GuidanceMethod
+from rae.models.config import GuidanceMethod, Solver
 
 VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(latents (B, C, H, W), t (B,), class_labels (B,)) -> velocity (B, C, H, W)."""
-
-Solver = Literal["euler", "heun2", "midpoint"]
 
 SHIFT_BASE = 4096
 TAU_END = 0.001

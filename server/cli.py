@@ -18,6 +18,7 @@ from rae.server.settings import (
     ConvertSettings,
     EngineSettings,
     GenerateSettings,
+    SampleSettings,
     ServeSettings,
     embedded_model,
     server_version,
@@ -167,6 +168,22 @@ def classes_of(folder: Path) -> tuple[str, ...]:
     from rae.models.checkpoint import read_config
 
     return read_config(folder)[0].classes
+
+
+@app.command()
+@takes(SampleSettings)
+def sample(settings: SampleSettings) -> None:
+    """Sample the images of an FID into one .npz; stopped or killed, the same command goes on."""
+    from rae.server.errors import InvalidRequestError
+    from rae.server.sample import run
+
+    try:
+        exit_code = run(settings, typer.echo)
+    except InvalidRequestError as error:
+        fail(str(error), exit_code=2)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(str(error))
+    raise typer.Exit(exit_code)
 
 
 @app.command()

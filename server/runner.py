@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rae.models.checkpoint import Checkpoint
-from rae.models.config import GuidanceMethod
-from rae.models.sampling import Guidance, draw_noise, timesteps, to_uint8
+from rae.models.config import GuidanceMethod, Solver
+from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
 from rae.server.request import ImageSpec
 
 
@@ -27,20 +27,33 @@ class Plan:
     costs: tuple[float, ...]
 
 
-def resolve_device(name: str) -> torch.device:
-    """The first of cuda, mps, cpu that is there for "auto". ValueError for one that is not."""
+class NonFiniteError(Exception):
+    """Images of `slots` hold NaN or infinity."""
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        super().__init__(f"the images in slots {', '.join(map(str, slots))} are not finite")
+        self.slots = slots
+
+
+def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
+    """The first of cuda, mps, cpu that is there for "auto". ValueError for one that is not.
+
+    `local_rank` counts the processes that share a machine's GPUs, each of which takes its own.
+    """
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if name == "auto":
-        return torch.device(next(device for device, there in available.items() if there))
+        name = next(device for device, there in available.items() if there)
     if name not in available:
         raise ValueError(f"device {name!r} is not one of auto, {', '.join(available)}")
     if not available[name]:
         usable = ", ".join(device for device, there in available.items() if there)
         raise ValueError(f"device {name!r} is not available on this machine; available: {usable}")
+    if name == "cuda" and local_rank is not None:
+        return torch.device(name, local_rank % torch.cuda.device_count())
     return torch.device(name)
 
 
@@ -123,6 +136,24 @@ class Runner:
         dt = (t_next - t).view(-1, 1, 1, 1)
         self.latents[slots] = latents + dt * velocity
 
+    @torch.inference_mode()
+    def solve(self, slots: Sequence[int], solver: Solver) -> None:
+        """Denoise `slots`, which share a plan, by `sampling.denoise`: `step` knows only euler."""
+        specs, plans = zip(*(self._slots[slot] for slot in slots), strict=True)
+        assert all(plan is plans[0] for plan in plans)
+        indices = torch.tensor(slots, device=self.device)
+        with torch.autocast(self.device.type, self.precision, enabled=self.autocasts):
+            self.latents[indices] = denoise(
+                self.dit_dh,
+                self.latents[indices],
+                torch.tensor([spec.class_label for spec in specs], device=self.device),
+                plans[0].grid,
+                solver=solver,
+                guidance=plans[0].guidance,
+                null_label=self.config.dit_dh.null_label,
+                guide=self.guide,
+            )
+
     def _guided_velocity(
         self, latents: Tensor, t: Tensor, labels: Tensor, scales: Tensor, guided: list[str]
     ) -> Tensor:
@@ -151,12 +182,23 @@ class Runner:
         return torch.tensor(indices, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
-    def decode(self, slots: Sequence[int]) -> list[np.ndarray]:
-        """Images (H, W, 3) uint8, rounded, of the latents in `slots`."""
+    def decode(
+        self, slots: Sequence[int], *, truncate: bool = False, must_be_finite: bool = False
+    ) -> list[np.ndarray]:
+        """Images (H, W, 3) uint8 of the latents in `slots`, rounded, or truncated as published.
+
+        With `must_be_finite` raises NonFiniteError; without, uint8 hides what is not.
+        """
         latents = self.latents[torch.tensor(slots, device=self.device)]
         with torch.autocast(self.device.type, self.precision, enabled=self.autocasts):
-            images = to_uint8(self.rae.decode(latents))
-        return list(images.permute(0, 2, 3, 1).cpu().numpy())
+            images = self.rae.decode(latents)
+        if must_be_finite:
+            # The latents too: a decoder might turn an infinity into a colour.
+            finite = images.isfinite().flatten(1).all(1) & latents.isfinite().flatten(1).all(1)
+            broken = [slot for slot, fine in zip(slots, finite.tolist(), strict=True) if not fine]
+            if broken:
+                raise NonFiniteError(broken)
+        return list(to_uint8(images, truncate=truncate).permute(0, 2, 3, 1).cpu().numpy())
 
 
 def _num_parameters(model: nn.Module | None) -> int:

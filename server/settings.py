@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast, get_type_hi
 
 import typer
 
-from rae.models.config import GuidanceMethod
+from rae.models.config import GuidanceMethod, Solver
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -25,6 +25,8 @@ S = TypeVar("S", bound="DataclassInstance")
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "fp32", "bf16"]
 ImageFormat = Literal["png", "jpeg", "webp"]
+Labels = Literal["balanced", "random"]
+Pixels = Literal["truncate", "round"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 MODEL, ENGINE, HTTP, LIMITS = "Model", "Engine", "HTTP", "Limits of one request"
@@ -181,15 +183,9 @@ class ServeSettings(EngineSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateSettings(ModelSettings):
+class SamplerSettings(ModelSettings):
     """What is None is the checkpoint's default; ranges are checked as for a request over HTTP."""
 
-    classes: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="CLASS", help="Class ids or names; none for an unconditional image."
-        ),
-    ] = None
     cfg: Annotated[
         float | None, typer.Option(help="Guidance scale; 1 is off.", show_default="checkpoint's")
     ] = None
@@ -197,10 +193,6 @@ class GenerateSettings(ModelSettings):
         int | None,
         typer.Option(help="Grid points, 1 more than evaluations.", show_default="checkpoint's"),
     ] = None
-    seed: Annotated[
-        int | None, typer.Option(help="Image i of each class has seed + i.", show_default="random")
-    ] = None
-    n: Annotated[int, typer.Option("-n", "--n", help="Images of each class.", min=1)] = 1
     guidance_method: Annotated[
         GuidanceMethod | None,
         typer.Option(help="What guides.", show_default="checkpoint's"),
@@ -213,6 +205,20 @@ class GenerateSettings(ModelSettings):
             show_default="checkpoint's",
         ),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(SamplerSettings):
+    classes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CLASS", help="Class ids or names; none for an unconditional image."
+        ),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Image i of each class has seed + i.", show_default="random")
+    ] = None
+    n: Annotated[int, typer.Option("-n", "--n", help="Images of each class.", min=1)] = 1
     format: Annotated[ImageFormat, typer.Option(help="File format.")] = "png"
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path(".")
 
@@ -267,6 +273,39 @@ class ConvertSettings:
     encoder: Annotated[
         Path | None, typer.Option(help="A transformers folder of the encoder to copy along.")
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings(SamplerSettings):
+    """Exactly one of `per_class` and `num` is given."""
+
+    out: Annotated[Path, typer.Option(help="The .npz; work in progress is in OUT.partial.")]
+    per_class: Annotated[int | None, typer.Option(help="Images of each class.", min=1)] = None
+    num: Annotated[int | None, typer.Option(help="Images of all classes.", min=1)] = None
+    labels: Annotated[
+        Labels, typer.Option(help="Image i has class i modulo their number, or a random one.")
+    ] = "balanced"
+    seed: Annotated[int, typer.Option(help="Image i has seed + i.")] = 0
+    solver: Annotated[
+        Solver, typer.Option(help="heun2 and midpoint evaluate twice per interval.")
+    ] = "euler"
+    pixels: Annotated[
+        Pixels,
+        typer.Option(help="To 8 bits: truncate as the published FID, or round as rae generate."),
+    ] = "truncate"
+    png: Annotated[
+        Path | None, typer.Option(help="Folder for a PNG of each image too.", show_default="none")
+    ] = None
+    batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64
+    rank: Annotated[
+        int, typer.Option(help="Which of the processes this is.", envvar="RANK", min=0)
+    ] = 0
+    world_size: Annotated[
+        int, typer.Option(help="Processes that share the work.", envvar="WORLD_SIZE", min=1)
+    ] = 1
+    local_rank: Annotated[
+        int, typer.Option(help="Which GPU of this machine, of several.", envvar="LOCAL_RANK", min=0)
+    ] = 0
 
 
 def embedded_model() -> Path:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from rae.models.checkpoint import Checkpoint, load_checkpoint
-from rae.models.config import GuidanceMethod
+from rae.models.config import GuidanceMethod, Solver
 from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
 from rae.server.request import ImageSpec
-from rae.server.runner import Runner, resolve_device, resolve_precision
+from rae.server.runner import NonFiniteError, Runner, resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
 METHODS: tuple[GuidanceMethod, ...] = ("cfg", "autoguidance")
@@ -34,7 +34,9 @@ def mixed_specs(count: int, steps: int, null_label: int) -> list[ImageSpec]:
     ]
 
 
-def solo(checkpoint: Checkpoint, spec: ImageSpec, dtype: torch.dtype) -> np.ndarray:
+def solo(
+    checkpoint: Checkpoint, spec: ImageSpec, dtype: torch.dtype, solver: Solver = "euler"
+) -> np.ndarray:
     """The reference: one image, with nobody beside it."""
     config = checkpoint.config
     with torch.inference_mode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -43,6 +45,7 @@ def solo(checkpoint: Checkpoint, spec: ImageSpec, dtype: torch.dtype) -> np.ndar
             draw_noise(config.dit_dh.latent_shape, [spec.seed]),
             torch.tensor([spec.class_label]),
             timesteps(spec.steps, config.shift),
+            solver=solver,
             guidance=Guidance(spec.cfg, spec.guidance_interval, spec.guidance_method),
             null_label=config.dit_dh.null_label,
             guide=checkpoint.guide,
@@ -85,6 +88,31 @@ def test_rows_at_different_steps_do_not_meet(tiny_checkpoint: Path) -> None:
     for step in range(6, 8):
         runner.step([(2, step)])
     np.testing.assert_array_equal(runner.decode([2])[0], solo(checkpoint, long, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("solver", ["euler", "heun2", "midpoint"])
+def test_solve_gives_the_bits_of_denoise(
+    tiny_checkpoint: Path, dtype: torch.dtype, solver: Solver
+) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    runner = Runner(load_checkpoint(tiny_checkpoint), CPU, dtype, num_slots=3)
+    specs = [ImageSpec(class_label=slot, seed=slot, steps=5, cfg=2.0) for slot in range(3)]
+    for slot in (2, 0):
+        runner.start(slot, specs[slot])
+    runner.solve([2, 0], solver)
+    for slot, image in zip((2, 0), runner.decode([2, 0]), strict=True):
+        np.testing.assert_array_equal(image, solo(checkpoint, specs[slot], dtype, solver))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_named_on_request(tiny_checkpoint: Path, value: float) -> None:
+    runner = Runner(load_checkpoint(tiny_checkpoint), CPU, torch.float32, num_slots=4)
+    runner.latents[2, 0, 1, 1] = value
+    runner.decode([0, 2])
+    with pytest.raises(NonFiniteError, match="slots 2 are not finite") as raised:
+        runner.decode([3, 2, 1], must_be_finite=True)
+    assert raised.value.slots == [2]
 
 
 def test_second_branches_are_planned_only_inside_the_interval(tiny_checkpoint: Path) -> None:
