@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from rae.models.checkpoint import SamplerDefaults
+from rae.models.checkpoint_config import SamplerDefaults
 from rae.models.labels import imagenet_classes
 from rae.server.cli import app
 from rae.server.errors import InvalidRequestError
