@@ -74,7 +74,7 @@ def convert(
         if encoder is not None:
             _copy_encoder(encoder, folder / "encoder")
         config = write_config(folder, config)
-        if encoder is not None:
+        if config.has_encoder:
             attach_encoder(load_rae(config, folder / DECODER_FILE), config, folder)
     return config
 

@@ -44,7 +44,7 @@ TRANSFORMERS: dict[EncoderKind, dict[str, Any]] = {
 HEAD_DIM = 64  # of every encoder, says diffusers
 FINAL_NORMS: dict[EncoderKind, str] = {
     "dinov2": "layernorm",
-    "siglip2": "vision_model.post_layernorm",
+    "siglip2": "post_layernorm",
     "mae": "layernorm",
 }
 
@@ -89,12 +89,15 @@ class DiffusersAutoencoder:
         decoder = {_published_name(k): v for k, v in _below("decoder.", tensors).items()}
         encoder = _below("encoder.", tensors)
         channels = config["encoder_hidden_size"]
+        # Before transformers 5 SigLIP's tower sat one attribute deeper.
+        prefix = "vision_model." if any(k.startswith("vision_model.") for k in encoder) else ""
         for name, fill in (("weight", torch.ones), ("bias", torch.zeros)):
             # Stripped there, unused here; transformers wants it.
-            encoder.setdefault(f"{FINAL_NORMS[kind]}.{name}", fill(channels))
+            encoder.setdefault(f"{prefix}{FINAL_NORMS[kind]}.{name}", fill(channels))
         grid = config["encoder_input_size"] // config["encoder_patch_size"]
         width = config["decoder_hidden_size"]
-        # Not saved: diffusers makes the initial table again.
+        # Not saved. The published one is at integer positions; diffusers makes one anew that it
+        # scales to a grid of 16, which is another table at 512 px.
         table = torch.cat([torch.zeros(1, width), sincos_2d(width, grid)])[None]
         decoder.setdefault("decoder_pos_embed", table)
         params = {key: config[key] for key in (*DECODER_FIELDS, "patch_size")}

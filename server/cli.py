@@ -213,7 +213,7 @@ def convert(settings: ConvertSettings) -> None:
 
     try:
         run(settings, typer.echo)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(str(error))
     typer.echo(f"Wrote {settings.out}")
 
