@@ -25,9 +25,8 @@ def preset(name: str) -> Published:
 def below(published: Published, root: Path) -> Published:
     """The preset's files under `root`: the hub repository's folder, or one that holds it as
     `models`, as the authors' README has it."""
-    if not (root / published.files[0]).exists() and (root / "models").is_dir():
+    if not (root / published.files[0]).exists() and (root / "models" / published.files[0]).exists():
         root = root / "models"
-
     autoencoder = published.autoencoder
     assert isinstance(autoencoder, Autoencoder) and autoencoder.statistics_file
     return replace(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from rae.models.checkpoint import save_checkpoint
+from rae.models.checkpoint import read_config, save_checkpoint, write_config
 from rae.models.checkpoint_config import CheckpointConfig, SamplerDefaults
 from rae.models.config import DecoderConfig, DiTDHConfig
 from rae.models.dit_dh import DiTDH
+from rae.models.encoder import EncoderConfig
+from rae.models.published import NORMALISATION
 from rae.models.rae import RAE
 
 
@@ -62,6 +65,19 @@ def write_tiny_checkpoint(folder: Path) -> Path:
     torch.manual_seed(0)
     rae = RAE(decoder, image_mean=config.image_mean, image_std=config.image_std)
     save_checkpoint(folder, config, random_model(dit_dh, 1), rae, random_model(guide, 2))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder_checkpoint(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny checkpoint as one whose pixels are normalised for DINOv2, which is not there."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("dinov2") / "checkpoint")
+    config, _ = read_config(folder)
+    encoder = EncoderConfig(kind="dinov2", image_size=56, name="facebook/dinov2")
+    mean, std = NORMALISATION["dinov2"]
+    write_config(folder, replace(config, encoder=encoder, image_mean=mean, image_std=std))
     return folder
 
 
