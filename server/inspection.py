@@ -1,4 +1,4 @@
-"""`rae info`: what a checkpoint folder holds, and whether its files are the recorded ones."""
+"""`rae info`: what a checkpoint folder holds."""
 
 from __future__ import annotations
 
@@ -7,52 +7,50 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rae.models.checkpoint import load_checkpoint
-from rae.models.checkpoint_config import AutoencoderConfig
-from rae.models.tensor_files import file_problem
+from rae.models.checkpoint import load_checkpoint, read_any_config
+from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
 from rae.server.limits import Limits
 from rae.server.schemas import ModelInfo
 
 
-def report(folder: Path, console: Console) -> list[str]:
-    """Show a checkpoint folder; returns what is wrong with its files. Raises CheckpointError."""
-    checkpoint = load_checkpoint(folder)
-    config = checkpoint.config
-    limits = Limits.of(config, max_steps=config.defaults.steps, max_images=1)
-    model = ModelInfo.of(checkpoint, limits)
+def report(folder: Path, console: Console) -> None:
+    """Show a checkpoint folder. Raises CheckpointError for one that cannot be used."""
+    config, sha256 = read_any_config(folder)
+    generator = generator_rows(folder) if isinstance(config, CheckpointConfig) else {}
+    size = config.decoder.image_size
+    rows = {
+        "name": config.name,
+        "sha256": sha256,
+        "image": f"{size} × {size} px",
+        "latents": f"{config.decoder.latent_channels} × {config.decoder.grid} × "
+        f"{config.decoder.grid}",
+        **generator,
+        "encoder": encoder_of(config),
+        "source": config.source or "not recorded",
+        "licence": config.license or "not recorded",
+        **{name: f"{(folder / name).stat().st_size / 1e6:.2f} MB" for name in config.sha256},
+    }
     table = Table(title=str(folder), show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")
-    defaults = ", ".join(f"{key} {value}" for key, value in model.defaults.items())
-    rows = {
-        "name": model.name,
-        "sha256": model.sha256,
-        "classes": f"{model.num_classes}: {limits.class_names}",
-        "image": f"{model.image_size} × {model.image_size} px",
-        "latents": " × ".join(map(str, model.latent_shape)),
-        **{f"{name} parameters": f"{count:,}" for name, count in model.parameters.items()},
-        "encoder": encoder_of(config),
-        "shift": f"{model.shift:g}",
-        "defaults": defaults,
-        "guidance": ", ".join(model.guidance_methods) or "none",
-        "source": model.source or "not recorded",
-        "licence": model.license or "not recorded",
-    }
     for name, value in rows.items():
         table.add_row(name, value)
-    problems = []
-    for name, recorded in config.sha256.items():
-        problem = file_problem(folder / name, recorded)
-        if problem:
-            problems.append(problem)
-            table.add_row(name, problem, style="red")
-        else:
-            size_mb = (folder / name).stat().st_size / 1e6
-            table.add_row(name, f"{size_mb:.2f} MB, sha256 as recorded")
-    if not config.sha256:
-        table.add_row("files", "no sha256 recorded")
     console.print(table)
-    return problems
+
+
+def generator_rows(folder: Path) -> dict[str, str]:
+    """What only a folder with a DiT^DH has; it is loaded, its files' sha256 are checked."""
+    checkpoint = load_checkpoint(folder)
+    defaults = checkpoint.config.defaults
+    limits = Limits.of(checkpoint.config, max_steps=defaults.steps, max_images=1)
+    model = ModelInfo.of(checkpoint, limits)
+    return {
+        "classes": f"{model.num_classes}: {limits.class_names}",
+        **{f"{name} parameters": f"{count:,}" for name, count in model.parameters.items()},
+        "shift": f"{model.shift:g}",
+        "defaults": ", ".join(f"{key} {value}" for key, value in model.defaults.items()),
+        "guidance": ", ".join(model.guidance_methods) or "none",
+    }
 
 
 def encoder_of(config: AutoencoderConfig) -> str:

@@ -51,6 +51,22 @@ def test_there_and_back(exported: Path, tiny_encoder_checkpoint: Path, tmp_path:
         assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
+def test_info_and_serve_of_an_rae_alone(exported: Path, tmp_path: Path) -> None:
+    text = (exported / "config.yaml").read_text()
+    (tmp_path / "rae.yaml").write_text(text.partition("stage_2:")[0])
+    config, out = tmp_path / "rae.yaml", tmp_path / "out"
+    result = rae("convert", "--config", config, "--root", exported, "--out", out)
+    assert result.exit_code == 0, result.output
+    result = rae("info", out)
+    assert result.exit_code == 0, result.output
+    assert "facebook/dinov2 at 56 px, not in this folder" in result.output
+    assert "16 × 16 px" in result.output and "shift" not in result.output
+    for command in (["serve", "--model", out], ["generate", "--model", out]):
+        result = rae(*command)
+        assert result.exit_code == 1
+        assert "autoencoder without a DiT^DH" in " ".join(result.output.split())
+
+
 def test_bf16_on_demand(exported: Path, tmp_path: Path) -> None:
     result = rae(
         *("convert", "--config", exported / "config.yaml", "--root", exported),
