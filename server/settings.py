@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +17,7 @@ import typer
 
 from rae.models.config import GuidanceMethod
 
-S = TypeVar("S", bound="ModelSettings")
+S = TypeVar("S", bound="CheckpointSettings")
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -35,7 +35,7 @@ def server_version() -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings:
+class CheckpointSettings:
     model: Annotated[
         Path | None,
         typer.Option(
@@ -45,6 +45,14 @@ class ModelSettings:
             rich_help_panel=MODEL,
         ),
     ] = None
+
+    @property
+    def folder(self) -> Path:
+        return self.model or embedded_model()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(CheckpointSettings):
     device: Annotated[
         Device,
         typer.Option(
@@ -61,10 +69,6 @@ class ModelSettings:
             rich_help_panel=MODEL,
         ),
     ] = "auto"
-
-    @property
-    def folder(self) -> Path:
-        return self.model or embedded_model()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +195,33 @@ class GenerateSettings(ModelSettings):
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path(".")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReconstructSettings(CheckpointSettings):
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Pictures of any size.")]
+    encoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="The encoder's weights: a local transformers folder.",
+            show_default="encoder/ of the checkpoint",
+        ),
+    ] = None
+    out: Annotated[
+        Path, typer.Option(help="A .png file for one IMAGE, or a folder for the files.")
+    ] = Path(".")
+
+    def files(self) -> dict[Path, Path]:
+        """Where each image's picture goes. Raises ValueError where two would share a file."""
+        if self.out.suffix.lower() == ".png" and len(self.images) == 1:
+            return {self.images[0]: self.out}
+        files = {path: self.out / f"{path.stem}-reconstruction.png" for path in self.images}
+        if self.out.suffix.lower() == ".png" or len(set(files.values())) < len(self.images):
+            raise ValueError(
+                f"out {self.out} is not a folder in which {len(self.images)} images would have "
+                "files of their own"
+            )
+        return files
+
+
 def embedded_model() -> Path:
     from rae.models import digits
 
@@ -206,7 +237,7 @@ def takes(settings: type[S]) -> Callable[[Callable[[S], None]], Callable[..., No
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
         for field in fields(settings)
