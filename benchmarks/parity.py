@@ -39,7 +39,6 @@ from rae.training.losses import interpolate, logit_normal_quantile, velocity_los
 # The recorded quantiles are those of a random draw, off the exact ones by 2e-3 themselves; a
 # wrong distribution (uniform, or no shift) is off by more than 3e-2.
 DRAW_BOUND = 5e-3
-TRAINING = {"data", "train_xt", "train_loss"}
 
 
 def check_folder(folder: Path) -> Iterator[Result]:
@@ -78,8 +77,7 @@ def check_dit_dh(path: Path, stem: str, io: dict[str, Tensor]) -> Iterator[Resul
     model = load_dit_dh(path.with_name(f"{stem}.model.safetensors"), path, "config")
     guide_path = path.with_name(f"{stem}.guide.safetensors")
     guide = load_dit_dh(guide_path, path, "guide_config") if guide_path.exists() else None
-    served = {key: value for key, value in io.items() if key not in TRAINING}
-    yield from named(stem, compare_dit_dh(model, guide, served))
+    yield from named(stem, compare_dit_dh(model, guide, io))
     yield from named(stem, compare_training(model, io))
 
 

@@ -31,7 +31,7 @@ from rae.models.checkpoint import (
 from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
 from rae.models.config import DiTDHConfig
 from rae.models.sampling import draw_noise
-from rae.models.tensor_files import read_tensors
+from rae.models.tensor_files import CheckpointError, read_tensors
 
 SEEDS = (0, 1)
 TIMES = (0.35, 0.9)
@@ -143,10 +143,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.upstream / "src"))
-    config, sha256 = read_any_config(arguments.checkpoint)
-    recorded = {"decoder": record_decoder(arguments.checkpoint, config)}
-    if isinstance(config, CheckpointConfig):
-        recorded["dit_dh"] = record_dit_dh(arguments.checkpoint, config)
+    try:
+        config, sha256 = read_any_config(arguments.checkpoint)
+        recorded = {"decoder": record_decoder(arguments.checkpoint, config)}
+        if isinstance(config, CheckpointConfig):
+            recorded["dit_dh"] = record_dit_dh(arguments.checkpoint, config)
+    except (CheckpointError, ModuleNotFoundError) as error:
+        sys.exit(f"record_reference: {error}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, io in recorded.items():
         path = arguments.out / f"{name}.io.safetensors"

@@ -23,6 +23,7 @@ FORWARD_BOUND = 1e-5
 TRAJECTORY_BOUND = 1e-4
 
 INPUTS = {"x", "t", "y", "shift", "num_steps", "cfg_interval"}
+TRAINING = {"data", "train_xt", "train_loss"}  # compared by benchmarks/parity.py
 OUTPUT = re.compile(
     r"(?P<kind>v|euler|heun2|midpoint)"
     r"(?:_(?P<null>null)|_(?P<final>final)|_step(?P<step>\d+))?"
@@ -51,13 +52,14 @@ def relative_error(output: Tensor, reference: Tensor) -> float:
 
 @torch.no_grad()
 def compare_dit_dh(model: DiTDH, guide: DiTDH | None, io: Mapping[str, Tensor]) -> Iterator[Result]:
-    """Each recorded output against ours. Raises ValueError for what cannot be compared."""
+    """Each recorded output of inference against ours. Raises ValueError for what cannot be
+    compared."""
     require_inputs(io, model.config)
     null_label = model.config.null_label if model.config.has_null_label else None
     options: dict[str, Any] = {"null_label": null_label, "guide": guide}
     x, t, y = io["x"], io["t"], io["y"]
     grid = timesteps(int(io["num_steps"]), float(io["shift"])) if "shift" in io else torch.empty(0)
-    for key in sorted(io.keys() - INPUTS):
+    for key in sorted(io.keys() - INPUTS - TRAINING):
         match = OUTPUT.fullmatch(key)
         if key == "grid":
             output, bound = grid, FORWARD_BOUND
