@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from rae.models.checkpoint import load_autoencoder, read_any_config, write_config
 from rae.models.checkpoint_config import AutoencoderConfig
@@ -92,7 +92,7 @@ def test_transparency_lies_over_white(tmp_path: Path) -> None:
     [
         ("1", 1, "png", (255, 255, 255)),
         ("L", 77, "png", (77, 77, 77)),
-        ("I;16", 77 * 257, "png", (77, 77, 77)),
+        ("I;16", 200 * 257, "png", (200, 200, 200)),
         ("I", 300 * 257, "tiff", (255, 255, 255)),
         ("CMYK", (0, 255, 255, 0), "tiff", (255, 0, 0)),
         ("YCbCr", (77, 128, 128), "jpg", (77, 77, 77)),
@@ -108,7 +108,7 @@ def test_modes_become_rgb(
     path = save(Image.new(mode, (5, 9), colour), tmp_path / f"image.{suffix}")
     picture = read_picture(path, 4)
     assert picture.shape == (4, 4, 3) and picture.dtype == np.uint8
-    assert abs(picture.astype(int) - expected).max() <= 1
+    assert abs(picture.astype(int) - expected).max() <= (suffix == "jpg")
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -227,9 +227,9 @@ def test_a_16_bit_encoder_runs_in_fp32_and_loading_is_silent(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     published_encoder("mae", tmp_path)
+    transformers.ViTMAEForPreTraining.from_pretrained(tmp_path).bfloat16().save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["vit.layernorm.bias"].dtype == torch.bfloat16
     capfd.readouterr()
-    path = tmp_path / "model.safetensors"
-    save_file({k: v.bfloat16() for k, v in load_file(path).items()}, path, {"format": "pt"})
     encoder = load_encoder(EncoderConfig(kind="mae", image_size=56), tmp_path)
     assert encoder(torch.randn(1, 3, 56, 56)).dtype == torch.float32
     assert capfd.readouterr() == ("", "")
