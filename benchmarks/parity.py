@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,48 +24,21 @@ from torch import Tensor
 from rae.models.config import DecoderConfig, DiTDHConfig
 from rae.models.decoder import Decoder
 from rae.models.dit_dh import DiTDH
-from rae.models.rae import RAE
-from rae.models.sampling import (
-    Guidance,
-    default_shift,
-    denoise,
-    guided_velocity,
-    shift_time,
-    timesteps,
+from rae.models.parity import (
+    FORWARD_BOUND,
+    Result,
+    compare_decoder,
+    compare_dit_dh,
+    relative_error,
 )
+from rae.models.rae import RAE
+from rae.models.sampling import default_shift, shift_time, timesteps
 from rae.models.tensor_files import load_strictly, read_tensors
 from rae.training.losses import interpolate, logit_normal_quantile, velocity_loss
 
-FORWARD_BOUND = 1e-5
-TRAJECTORY_BOUND = 1e-4
 # The recorded quantiles are those of a random draw, off the exact ones by 2e-3 themselves; a
 # wrong distribution (uniform, or no shift) is off by more than 3e-2.
 DRAW_BOUND = 5e-3
-OUTPUT = re.compile(
-    r"(?P<kind>v|euler|heun2|midpoint)"
-    r"(?:_(?P<null>null)|_(?P<final>final)|_step(?P<step>\d+))?"
-    r"(?:_(?P<method>cfg|autoguidance)_(?P<scale>[\d.]+))?"
-    r"(?P<interval>_interval(?:_(?P<low>[\d.]+)_(?P<high>[\d.]+))?)?"
-)
-INPUTS = {"x", "t", "y", "data", "shift", "num_steps", "cfg_interval"}
-
-
-class Result(NamedTuple):
-    name: str
-    error: float
-    bound: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.bound  # False for NaN
-
-
-def relative_error(output: Tensor, reference: Tensor) -> float:
-    """‖output − reference‖ / ‖reference‖; infinite for another shape."""
-    if output.shape != reference.shape:
-        return float("inf")
-    reference = reference.double()
-    return float((output.double() - reference).norm() / reference.norm().clamp(min=1e-30))
 
 
 def check_folder(folder: Path) -> Iterator[Result]:
@@ -104,43 +77,27 @@ def check_dit_dh(path: Path, stem: str, io: dict[str, Tensor]) -> Iterator[Resul
     model = load_dit_dh(path.with_name(f"{stem}.model.safetensors"), path, "config")
     guide_path = path.with_name(f"{stem}.guide.safetensors")
     guide = load_dit_dh(guide_path, path, "guide_config") if guide_path.exists() else None
-    null_label = model.config.null_label if model.config.has_null_label else None
-    grid = timesteps(int(io["num_steps"]), float(io["shift"])) if "shift" in io else torch.empty(0)
-    if "grid" in io:
-        yield Result(f"{stem} grid", relative_error(grid, io["grid"]), FORWARD_BOUND)
+    yield from named(stem, compare_dit_dh(model, guide, io))
+    yield from named(stem, compare_training(model, io))
+
+
+def named(stem: str, results: Iterator[Result]) -> Iterator[Result]:
+    try:
+        for result in results:
+            yield result._replace(name=f"{stem} {result.name}")
+    except ValueError as error:
+        raise ValueError(f"{stem}: {error}") from error
+
+
+@torch.no_grad()
+def compare_training(model: DiTDH, io: dict[str, Tensor]) -> Iterator[Result]:
     x, t, y = io["x"], io["t"], io["y"]
-    for key in sorted(io.keys() - INPUTS - {"grid"}):
-        match = OUTPUT.fullmatch(key)
-        if key == "train_xt":
-            output, bound = interpolate(io["data"], x, t), FORWARD_BOUND
-        elif key == "train_loss":
-            with torch.no_grad():
-                output, bound = velocity_loss(model, io["data"], x, t, y), FORWARD_BOUND
-        elif match is None:
-            raise ValueError(f"{path.name}: unknown output {key!r}")
-        else:
-            guidance = read_guidance(match, io)
-            options: dict[str, Any] = {"null_label": null_label, "guide": guide}
-            if match["kind"] == "v":
-                labels = torch.full_like(y, model.config.null_label) if match["null"] else y
-                with torch.no_grad():
-                    output = guided_velocity(model, x, t, labels, guidance, **options)
-                bound = FORWARD_BOUND
-            else:
-                points = grid[: int(match["step"]) + 1] if match["step"] else grid
-                options |= {"solver": match["kind"], "guidance": guidance}
-                output, bound = denoise(model, x, y, points, **options), TRAJECTORY_BOUND
-        yield Result(f"{stem} {key}", relative_error(output, io[key]), bound)
-
-
-def read_guidance(match: re.Match[str], io: dict[str, Tensor]) -> Guidance:
-    low, high = 0.0, 1.0
-    if match["low"]:
-        low, high = float(match["low"]), float(match["high"])
-    elif match["interval"]:
-        low, high = io["cfg_interval"].tolist()
-    method: Any = match["method"] or "cfg"
-    return Guidance(float(match["scale"] or 1), (low, high), method)
+    if "train_xt" in io:
+        error = relative_error(interpolate(io["data"], x, t), io["train_xt"])
+        yield Result("train_xt", error, FORWARD_BOUND)
+    if "train_loss" in io:
+        error = relative_error(velocity_loss(model, io["data"], x, t, y), io["train_loss"])
+        yield Result("train_loss", error, FORWARD_BOUND)
 
 
 def load_dit_dh(path: Path, io_path: Path, key: str) -> DiTDH:
@@ -161,9 +118,7 @@ def check_decoder(path: Path, stem: str, io: dict[str, Tensor]) -> Iterator[Resu
     load_strictly(rae.decoder, read_tensors(model_path), model_path)
     rae.latents_mean, rae.latents_var = io.get("latent_mean"), io["latent_var"]
     rae.eps = io.get("eps", rae.eps)
-    with torch.no_grad():
-        error = relative_error(rae.decode(io["z"]), io["image"])
-    yield Result(f"{stem} image", error, FORWARD_BOUND)
+    yield from named(stem, compare_decoder(rae, io))
 
 
 def check_training_times(stem: str, io: dict[str, Tensor]) -> Iterator[Result]:

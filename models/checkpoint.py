@@ -108,14 +108,28 @@ def attach_encoder(
     rae: RAE, config: AutoencoderConfig, folder: Path, encoder: Path | None = None
 ) -> None:
     """Load the encoder into `rae`. Raises CheckpointError where it is not there or is another."""
-    if config.encoder is None or (encoder is None and not config.has_encoder):
-        wanted = f" ({config.encoder.name})" if config.encoder and config.encoder.name else ""
-        raise CheckpointError(f"{folder} holds no encoder{wanted}")
+    if config.encoder is None:
+        raise CheckpointError(
+            f"{folder} holds no encoder, its config.json names none: it only decodes"
+        )
     path = encoder or folder / "encoder"
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} holds no encoder: {config.encoder.name or config.encoder.kind} is wanted, a "
+            "transformers folder (config.json, model.safetensors) that lies there or is given "
+            "with --encoder"
+        )
     try:
-        rae.encoder = load_encoder(config.encoder, path)
+        loaded = load_encoder(config.encoder, path)
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
+    made, taken = loaded.latent_shape, (config.decoder.latent_channels, *[config.decoder.grid] * 2)
+    if made != taken:
+        raise CheckpointError(
+            f"{path} makes latents {made} of {config.encoder.image_size} px, the decoder takes "
+            f"{taken}: {config.encoder.name or 'another encoder'} is wanted"
+        )
+    rae.encoder = loaded
 
 
 def save_checkpoint(
@@ -152,16 +166,16 @@ def write_config(folder: Path, config: C) -> C:
     return config
 
 
-def load_dit_dh(config: DiTDHConfig, path: Path) -> DiTDH:
-    """Raises CheckpointError."""
+def load_dit_dh(config: DiTDHConfig, path: Path, *, keep_bf16: bool = False) -> DiTDH:
+    """`keep_bf16` as in `load_strictly`. Raises CheckpointError."""
     with torch.device("meta"):
         dit_dh = DiTDH(config)
-    load_strictly(dit_dh, read_tensors(path), path)
+    load_strictly(dit_dh, read_tensors(path), path, keep_bf16=keep_bf16)
     return dit_dh
 
 
-def load_rae(config: AutoencoderConfig, path: Path) -> RAE:
-    """The RAE without its encoder. Raises CheckpointError."""
+def load_rae(config: AutoencoderConfig, path: Path, *, keep_bf16: bool = False) -> RAE:
+    """The RAE without its encoder; `keep_bf16` as in `load_strictly`. Raises CheckpointError."""
     tensors = read_tensors(path)
     with torch.device("meta"):
         rae = RAE(
@@ -184,7 +198,7 @@ def load_rae(config: AutoencoderConfig, path: Path) -> RAE:
                 f"{path}: {key} {tuple(value.shape)} for {tuple(shape)}"
             ) from error
         setattr(rae, key, value)
-    load_strictly(rae.decoder, tensors, path)
+    load_strictly(rae.decoder, tensors, path, keep_bf16=keep_bf16)
     return rae.eval().requires_grad_(False)
 
 

@@ -33,6 +33,7 @@ from rae.models.labels import imagenet_classes
 from rae.models.pickled import is_mappable, read_state_dict
 from rae.models.published import Network, Published, RAEWeights
 from rae.models.tensor_files import CheckpointError, file_sha256, require_match, write_tensors
+from rae.models.verify import record_fingerprints
 
 StoredDtype = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,7 +77,8 @@ def convert(
         config = write_config(folder, config)
         if config.has_encoder:
             attach_encoder(load_rae(config, folder / DECODER_FILE), config, folder)
-    return config
+        notify("Fingerprints: one evaluation of each network")
+        return record_fingerprints(folder)
 
 
 @contextmanager

@@ -6,16 +6,29 @@ layer's patch tokens after the final LayerNorm without its affine part.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rae.models.config import require_types
+from rae.models.tensor_files import listed
 
 EncoderKind = Literal["dinov2", "siglip2", "mae"]
+
+# What transformers calls them; a published SigLIP2 is a whole SiglipModel, text tower and all.
+MODEL_TYPES: dict[EncoderKind, tuple[str, ...]] = {
+    "dinov2": ("dinov2_with_registers",),
+    "siglip2": ("siglip", "siglip_vision_model"),
+    "mae": ("vit_mae",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +61,13 @@ class Encoder(nn.Module):
         setattr(backbone, name, plain)
         self.requires_grad_(False).eval()
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of an image of `image_size` pixels a side."""
+        backbone: Any = self.backbone.config
+        grid = self.config.image_size // backbone.patch_size
+        return (backbone.hidden_size, grid, grid)
+
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         backbone: Any = self.backbone
@@ -67,10 +87,10 @@ class Encoder(nn.Module):
 
 
 def load_encoder(config: EncoderConfig, folder: Path) -> Encoder:
-    """From a local transformers folder, safetensors only.
+    """From a local transformers folder as published, safetensors only, in fp32.
 
-    Raises ImportError that names the extra to install, OSError for a folder that cannot be read
-    and ValueError for missing or misshapen tensors.
+    Raises ImportError that names the extra to install, OSError or SafetensorError for a folder
+    that cannot be read and ValueError for another model and missing or misshapen tensors.
     """
     try:
         import transformers
@@ -81,20 +101,58 @@ def load_encoder(config: EncoderConfig, folder: Path) -> Encoder:
         "siglip2": transformers.SiglipVisionModel,
         "mae": transformers.ViTMAEModel,
     }
+    _require_model_type(config.kind, folder)
     unmasked = {"mask_ratio": 0.0} if config.kind == "mae" else {}
-    # transformers only warns of a missing tensor, and takes an absent folder for a hub's name.
-    model, loading = classes[config.kind].from_pretrained(
-        folder,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that they are listed, and refused below
-        **unmasked,
-    )
+    try:
+        with _quiet(transformers.utils.logging):
+            # transformers only warns of a missing tensor, and takes an absent folder for a hub's
+            # name.
+            model, loading = classes[config.kind].from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are listed, and refused below
+                dtype=torch.float32,
+                **unmasked,
+            )
+    except (OSError, ValueError, SafetensorError):
+        raise
+    except Exception as error:  # for a wrong config.json, any: ZeroDivisionError, KeyError, …
+        raise ValueError(f"{type(error).__name__}: {error}") from error
     problems = [
-        f"{kind} {loading[kind]}" for kind in ("missing_keys", "mismatched_keys") if loading[kind]
+        problem
+        for kind in ("missing_keys", "mismatched_keys")
+        for problem in listed(kind, [str(key) for key in loading[kind]])
     ]
     if problems:
         raise ValueError("; ".join(problems))
     # Before transformers 5 SigLIP's tower sat one attribute deeper.
     return Encoder(config, getattr(model, "vision_model", model))
+
+
+def _require_model_type(kind: EncoderKind, folder: Path) -> None:
+    """Another model's folder would be a list of all its tensors, missing or misshapen."""
+    values = json.loads((folder / "config.json").read_text())
+    found = values.get("model_type") if isinstance(values, dict) else None
+    if found not in MODEL_TYPES[kind]:
+        raise ValueError(f"model_type {found!r}; {kind} is {' or '.join(MODEL_TYPES[kind])}")
+    if (folder / "pytorch_model.bin").exists() and not list(folder.glob("*.safetensors")):
+        raise ValueError(
+            "pytorch_model.bin is not read, only safetensors are: load the folder with "
+            "transformers' AutoModel.from_pretrained and write it with save_pretrained"
+        )
+
+
+@contextmanager
+def _quiet(logging: ModuleType) -> Iterator[None]:
+    """Without transformers' progress bar, and its list of a text tower's unexpected tensors."""
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()

@@ -92,11 +92,30 @@ def file_problem(path: Path, recorded: str) -> str | None:
     )
 
 
-def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Assign `tensors` to a (meta-device) model, in fp32; raises what `require_match` raises."""
+def load_strictly(
+    model: nn.Module, tensors: Mapping[str, Tensor], path: Path, *, keep_bf16: bool = False
+) -> None:
+    """Assign `tensors` to a (meta-device) model, in fp32; raises what `require_match` raises.
+
+    With `keep_bf16`, matmul weights that are stored in bf16 stay so, mapped: for autocast.
+    """
     require_match(model.state_dict(), tensors, path)
-    model.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=True)
+    kept = matmul_weights(model) if keep_bf16 else set()
+    model.load_state_dict(
+        {key: value if key in kept else value.float() for key, value in tensors.items()},
+        assign=True,
+    )
     model.eval().requires_grad_(False)
+
+
+def matmul_weights(model: nn.Module) -> set[str]:
+    """Names of the weights and biases of matmuls: what is stored, and kept, in bf16."""
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        for key in ("weight", "bias")
+    }
 
 
 def require_match(
@@ -106,9 +125,9 @@ def require_match(
     that are not fp32 or bf16; `path` is for the message."""
     both = [key for key in expected if key in tensors]
     problems = [
-        *_listed("missing", [f"{key} {_shape(expected[key])}" for key in expected.keys() - both]),
-        *_listed("unexpected", [f"{key} {_shape(tensors[key])}" for key in tensors.keys() - both]),
-        *_listed(
+        *listed("missing", [f"{key} {_shape(expected[key])}" for key in expected.keys() - both]),
+        *listed("unexpected", [f"{key} {_shape(tensors[key])}" for key in tensors.keys() - both]),
+        *listed(
             "misshapen",
             [
                 f"{key} is {_shape(tensors[key])}, expected {_shape(expected[key])}"
@@ -119,7 +138,7 @@ def require_match(
         *(
             problem
             for dtype in {tensors[key].dtype for key in both} - SAFETENSORS_NAMES.keys()
-            for problem in _listed(
+            for problem in listed(
                 f"{str(dtype).removeprefix('torch.')}, not float32 or bfloat16",
                 [key for key in both if tensors[key].dtype == dtype],
             )
@@ -129,7 +148,8 @@ def require_match(
         raise CheckpointError(f"{path}: {'; '.join(problems)}")
 
 
-def _listed(kind: str, entries: list[str]) -> list[str]:
+def listed(kind: str, entries: list[str]) -> list[str]:
+    """No sentence for no entries, else one that counts them and names the first."""
     if not entries:
         return []
     more = len(entries) - LISTED_PROBLEMS

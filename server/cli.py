@@ -13,17 +13,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from rae.models import labels
-from rae.server.settings import (
-    ClassesSettings,
-    ConvertSettings,
-    EngineSettings,
-    GenerateSettings,
-    SampleSettings,
-    ServeSettings,
-    embedded_model,
-    server_version,
-    takes,
-)
+from rae.server.checkpoint_cli import checkpoints
+from rae.server.command_settings import ClassesSettings, GenerateSettings, SampleSettings
+from rae.server.settings import EngineSettings, ServeSettings, server_version, takes
+from rae.server.terminal import fail
 
 FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -33,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+app.add_typer(checkpoints)
 
 
 def main() -> None:
@@ -40,11 +34,6 @@ def main() -> None:
     # process that does the same a step took 150 ms on 2 cores, and 9 with this; alone 5 and 6.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     app(prog_name="rae")
-
-
-def fail(message: str, exit_code: int = 1) -> NoReturn:
-    typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(exit_code)
 
 
 def print_version(is_asked: bool) -> None:
@@ -184,51 +173,6 @@ def sample(settings: SampleSettings) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         fail(str(error))
     raise typer.Exit(exit_code)
-
-
-@app.command()
-def info(
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="Checkpoint folder.", show_default="the embedded digits")
-    ] = None,
-) -> None:
-    """Show what a checkpoint folder holds; `rae verify` checks all of it."""
-    from rich.console import Console
-
-    from rae.server.inspection import report
-
-    try:
-        report(checkpoint or embedded_model(), Console())
-    except (ValueError, OSError) as error:
-        fail(str(error))
-
-
-@app.command()
-@takes(ConvertSettings)
-def convert(settings: ConvertSettings) -> None:
-    """Convert published files to a checkpoint folder: the authors' .pt, or diffusers'."""
-    from rae.server.conversion import run
-
-    try:
-        run(settings, typer.echo)
-    except (ValueError, OSError, ImportError) as error:
-        fail(str(error))
-    typer.echo(f"Wrote {settings.out}")
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")],
-) -> None:
-    """Write a checkpoint folder as the authors' files: flat .pt, stat.pt and YAML."""
-    from rae.models.export import export as write
-
-    try:
-        files = write(checkpoint, out)
-    except (ValueError, OSError) as error:
-        fail(str(error))
-    typer.echo(f"Wrote {', '.join(files)} to {out}")
 
 
 @app.command(context_settings=FORWARDED, add_help_option=False)

@@ -11,7 +11,7 @@ from rae.models.convert import convert
 from rae.models.diffusers_rae import DiffusersAutoencoder
 from rae.models.published import Published
 from rae.models.published_yaml import read_yaml
-from rae.server.settings import ConvertSettings
+from rae.server.command_settings import ConvertSettings
 
 
 def run(settings: ConvertSettings, notify: Callable[[str], None]) -> None:

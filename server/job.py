@@ -10,10 +10,10 @@ import numpy as np
 
 from rae.models.checkpoint import CheckpointConfig
 from rae.models.config import GuidanceMethod, Solver
+from rae.server.command_settings import Labels, Pixels, SampleSettings
 from rae.server.limits import Limits
 from rae.server.request import ImageSpec
 from rae.server.schemas import read_request
-from rae.server.settings import Labels, Pixels, SampleSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from rae.models.checkpoint import Checkpoint, load_checkpoint, read_config
+from rae.server.command_settings import SampleSettings
 from rae.server.images import describe, encode
 from rae.server.job import Job
 from rae.server.partial import (
@@ -34,7 +35,7 @@ from rae.server.partial import (
     report_path,
 )
 from rae.server.runner import NonFiniteError, Runner, resolve_device, resolve_precision
-from rae.server.settings import SampleSettings, server_version
+from rae.server.settings import server_version
 
 Say = Callable[[str], None]
 

@@ -22,6 +22,7 @@ from rae.models.dit_dh import DiTDH
 from rae.models.encoder import Encoder, EncoderConfig
 from rae.models.rae import RAE
 from rae.models.sampling import Guidance
+from rae.models.verify import record_fingerprints
 from rae.training.data import (
     CLASS_NAMES,
     IMAGE_SIZE,
@@ -144,7 +145,7 @@ class Reporter:
         }
 
 
-def train_digits(out: Path, recipe: Recipe, progress: Progress) -> CheckpointConfig:
+def train_digits(out: Path, recipe: Recipe, progress: Progress) -> None:
     """Train every part and write the checkpoint folder `out`, at the very end."""
     torch.manual_seed(recipe.seed)
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -174,7 +175,8 @@ def train_digits(out: Path, recipe: Recipe, progress: Progress) -> CheckpointCon
     dit_dh, guide = train_generators(config, rae, latents, labels, recipe, generator, reporter, out)
     mae.vit.save_pretrained(out / "encoder")
     config = replace(config, notes={**config.notes, **reporter.notes()})
-    return save_checkpoint(out, config, dit_dh, rae, guide)
+    save_checkpoint(out, config, dit_dh, rae, guide)
+    record_fingerprints(out)
 
 
 def train_generators(

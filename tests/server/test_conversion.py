@@ -12,8 +12,9 @@ from rae.models.checkpoint import load_checkpoint
 from rae.models.published import HUB_REPOSITORY, PRESETS
 from rae.models.tensor_files import read_tensors
 from rae.server.cli import app
+from rae.server.command_settings import ConvertSettings
 from rae.server.conversion import published
-from rae.server.settings import ConvertSettings, embedded_model
+from rae.server.settings import embedded_model
 
 
 def rae(*arguments: object) -> Result:

@@ -29,10 +29,11 @@ from rae.models.config import GuidanceMethod, Solver
 from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
 from rae.server import partial
 from rae.server.cli import app
+from rae.server.command_settings import SampleSettings
 from rae.server.job import Job
 from rae.server.runner import Runner
 from rae.server.sample import make, progress
-from rae.server.settings import SampleSettings, embedded_model
+from rae.server.settings import embedded_model
 
 WIDE = {"COLUMNS": "200", "NO_COLOR": "1"}
 JOB = ("--num", "24", "--steps", "30", "--seed", "7", "--batch", "1")

@@ -9,7 +9,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from rae.server.settings import EngineSettings, ServeSettings, embedded_model, takes
+from rae.server.settings import (
+    EngineSettings,
+    ServeSettings,
+    embedded_model,
+    takes,
+)
 
 NAMES = [field.name for field in fields(ServeSettings)]
 
