@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,17 +77,20 @@ def read_any_config(folder: Path) -> tuple[AutoencoderConfig, str]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def load_checkpoint(folder: Path, *, with_encoder: bool = False) -> Checkpoint:
+def load_checkpoint(
+    folder: Path, *, with_encoder: bool = False, keep_bf16: bool = False
+) -> Checkpoint:
     """Load a checkpoint folder onto the CPU, memory-mapped, in eval mode.
 
-    Raises CheckpointError that lists what is missing, unexpected, misshapen or unreadable, or
-    names a file that is not the one whose sha256 is recorded.
+    `keep_bf16` as in `load_strictly`. Raises CheckpointError that lists what is missing,
+    unexpected, misshapen or unreadable, or names a file whose sha256 is not the recorded one.
     """
     config, sha256 = read_config(folder)
     with _checked(config, folder, with_encoder=with_encoder):
-        dit_dh = load_dit_dh(config.dit_dh, folder / DIT_DH_FILE)
-        guide = load_dit_dh(config.guide, folder / GUIDE_FILE) if config.guide else None
-        rae = load_rae(config, folder / DECODER_FILE)
+        load = partial(load_dit_dh, keep_bf16=keep_bf16)
+        dit_dh = load(config.dit_dh, folder / DIT_DH_FILE)
+        guide = load(config.guide, folder / GUIDE_FILE) if config.guide else None
+        rae = load_rae(config, folder / DECODER_FILE, keep_bf16=keep_bf16)
     if with_encoder:
         attach_encoder(rae, config, folder)
     return Checkpoint(config, sha256, dit_dh, rae, guide)

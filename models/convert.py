@@ -32,7 +32,13 @@ from rae.models.dit_dh import DiTDH
 from rae.models.labels import imagenet_classes
 from rae.models.pickled import is_mappable, read_state_dict
 from rae.models.published import Network, Published, RAEWeights
-from rae.models.tensor_files import CheckpointError, file_sha256, require_match, write_tensors
+from rae.models.tensor_files import (
+    CheckpointError,
+    file_sha256,
+    matmul_weights,
+    require_match,
+    write_tensors,
+)
 from rae.models.verify import record_fingerprints
 
 StoredDtype = Literal["fp32", "bf16"]
@@ -105,12 +111,7 @@ def staging(out: Path) -> Iterator[Path]:
 def stored_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """`dtype` for what matrix products multiply and add, fp32 for norms, tables and embeddings:
     served in bf16, a folder of either kind gives the same bytes."""
-    matmuls = {
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        for name, _ in module.named_parameters(recurse=False)
-    }
+    matmuls = matmul_weights(model)
     return {name: dtype if name in matmuls else torch.float32 for name in model.state_dict()}
 
 

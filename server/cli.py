@@ -80,7 +80,7 @@ def generate(settings: GenerateSettings) -> None:
     from rae.server.schemas import read_request
 
     try:
-        checkpoint = load_checkpoint(settings.folder)
+        checkpoint = load_checkpoint(settings.folder, keep_bf16=True)
         limits = Limits.of(checkpoint.config, max_steps=1000, max_images=1000)
         asked = [read_request(values, limits) for values in wanted(settings, limits.classes)]
         specs = [spec for request in asked for spec in request.specs(limits)]

@@ -66,7 +66,7 @@ def run(settings: SampleSettings, say: Say) -> int:
     shape = (job.num, config.decoder.image_size, config.decoder.image_size, 3)
     try:
         with noted_signals() as signals, opened(settings.out, asdict(job), shape, say) as work:
-            checkpoint = load_checkpoint(settings.folder)
+            checkpoint = load_checkpoint(settings.folder, keep_bf16=True)
             runner = Runner(checkpoint, device, precision, settings.batch)
             fill(work, runner, job, settings, signals, say)
             if signals:

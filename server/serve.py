@@ -68,7 +68,7 @@ def prepare(settings: ServeSettings, say: Callable[[str], None]) -> Server:
     # Before the model is loaded, so that a port that is taken is said at once.
     listener = listen(settings.host, settings.port)
     try:
-        checkpoint = load_checkpoint(settings.folder)
+        checkpoint = load_checkpoint(settings.folder, keep_bf16=True)
         metrics = Metrics()
         engine = Engine(checkpoint, settings, metrics)
     except ValueError:

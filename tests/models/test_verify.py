@@ -148,7 +148,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], dict[str, tuple[str, ...]]]] =
                 {"pos_embed": tensors["pos_embed"].to(torch.float8_e4m3fn)}
             ),
         ),
-        {"dit_dh.safetensors tensors": ("pos_embed is float8_e4m3fn, expected float32",)},
+        {"dit_dh.safetensors tensors": ("1 float8_e4m3fn, not float32 or bfloat16: pos_embed",)},
     ),
     "another precision": (
         store_in_bf16,
