@@ -6,7 +6,7 @@ ROOMS := $(wildcard server kernels models training)
 # As the `rae` command sets it; server/cli.py says why.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: install serve test check wheel clean typecheck-links
+.PHONY: install serve test test-slow check wheel clean typecheck-links
 
 install: .venv/.installed
 
@@ -25,6 +25,10 @@ serve: .venv/.installed
 # `python -m pytest` would put this folder, and so a namespace package `models`, on sys.path.
 test: .venv/.installed
 	$(BIN)/pytest $(ARGS)
+
+# The published models at their true size.
+test-slow: .venv/.installed
+	$(BIN)/pytest -m slow $(ARGS)
 
 check: .venv/.installed typecheck-links
 	$(BIN)/ruff check .
