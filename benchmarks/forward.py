@@ -137,8 +137,11 @@ def matmuls(shapes: list[Shape], device: torch.device) -> Forward:
     calls = [(inputs[shape], draw(shape[2], shape[1]), draw(shape[2])) for shape in shapes]
 
     def run() -> Tensor:
+        output = torch.empty(0)
         with torch.inference_mode():
-            return [F.linear(x, weight, bias) for x, weight, bias in calls][-1]
+            for x, weight, bias in calls:
+                output = F.linear(x, weight, bias)
+        return output
 
     return run
 

@@ -7,11 +7,14 @@ neighbours. Measured on 2 cores with avx512_bf16, torch 2.14.1, DiTDH-XL-256, ba
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from rae.models.dit_dh import Block
 from rae.models.layers import Attention, Linear, RotaryEmbedding, SwiGLU
 
 # At 256 px one image's scores, 4 MB in fp32: those of more would leave the cache.
@@ -38,6 +41,8 @@ def pack(module: nn.Module, dtype: torch.dtype) -> None:
     """
     for name, child in module.named_children():
         match child:
+            case Block():
+                setattr(module, name, PackedBlock(child, dtype))
             case Attention():
                 setattr(module, name, PackedAttention(child, dtype))
             case SwiGLU():
@@ -48,6 +53,28 @@ def pack(module: nn.Module, dtype: torch.dtype) -> None:
                 child.to(dtype)
             case _:
                 pack(child, dtype)
+
+
+class PackedBlock(nn.Module):
+    """`Block` with its residual and what happens between matmuls in fp32, without temporaries:
+    2 % less time than the plain one's chain of casts, and a tenth less error in bf16."""
+
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.attn, self.mlp = block.attn, block.mlp
+        self.adaLN_modulation = block.adaLN_modulation
+        pack(self, dtype)
+
+    def forward(self, x: Tensor, c: Tensor, rope: RotaryEmbedding) -> Tensor:
+        modulation = self.adaLN_modulation(c).float().chunk(6, dim=-1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x.float()
+        y = self.norm1(x).mul_(1 + scale_msa).add_(shift_msa).to(self.dtype)
+        x = torch.addcmul(x, gate_msa, self.attn(y, rope))
+        y = self.norm2(x).mul_(1 + scale_mlp).add_(shift_mlp).to(self.dtype)
+        return torch.addcmul(x, gate_mlp, self.mlp(y))
 
 
 class PackedLinear(nn.Module):
@@ -136,9 +163,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     _, tokens, heads, _ = q.shape
     samples = max(1, SCORES_AT_ONCE // (heads * tokens**2))
     parts = zip(*(x.transpose(1, 2).split(samples) for x in (q, k, v)), strict=True)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False), wide_products(v.dtype == torch.bfloat16):
         outputs = [
             (q @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
             for q, k, v in parts  # (samples, heads, N, head_dim)
         ]
     return torch.cat(outputs).transpose(1, 2).flatten(2)
+
+
+@contextmanager
+def wide_products(enabled: bool) -> Iterator[None]:
+    """Let oneDNN multiply fp32 matrices, rounding what goes in to bf16 where that is faster, but
+    not what comes out."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if enabled else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
