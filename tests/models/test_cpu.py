@@ -91,13 +91,14 @@ def test_swiglu_is_the_plain_one_which_stays_as_it_was(dtype: torch.dtype) -> No
 
 @DTYPES
 @pytest.mark.parametrize("use_qknorm", [True, False])
+@pytest.mark.parametrize("grid", [4, 9])  # in and out of PRODUCTS
 def test_attention_is_the_plain_one_however_it_is_split(
-    use_qknorm: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    grid: int, use_qknorm: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     attention = Attention(96, 4, use_qknorm, use_rmsnorm=True)
     nn.init.normal_(attention.qkv.weight, std=0.3)  # sharp: scores of some 10
-    rope, x = RotaryEmbedding(24, 4), torch.randn(12, 16, 96)
+    rope, x = RotaryEmbedding(24, grid), torch.randn(12, grid**2, 96)
     with torch.no_grad():
         packed = PackedAttention(attention, dtype)
         exact = copy.deepcopy(attention).double()(x.double(), copy.deepcopy(rope).double())
@@ -106,7 +107,7 @@ def test_attention_is_the_plain_one_however_it_is_split(
             output = packed(x, rope)
         assert error(output, exact) < bound(plain, exact)
         assert torch.cat([packed(sample[None], rope) for sample in x]).equal(output)
-        monkeypatch.setattr(cpu, "SCORES_AT_ONCE", 5 * 4 * 16**2)
+        monkeypatch.setattr(cpu, "SCORES_AT_ONCE", 5 * 4 * grid**4)
         assert packed(x, rope).equal(output)
 
 
