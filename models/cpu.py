@@ -144,9 +144,9 @@ class PackedAttention(nn.Module):
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
 
     def forward(self, x: Tensor, rope: RotaryEmbedding) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.unbind(-3)  # (B, N, heads, head_dim)
-        turns = torch.complex(rope.freqs_cos[:, ::2], rope.freqs_sin[:, ::2])[:, None]
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        turns = torch.complex(rope.freqs_cos[:, ::2], rope.freqs_sin[:, ::2])
         q = rotate(self.q_norm(q), turns * q.shape[-1] ** -0.5)
         return self.proj(attend(q, rotate(self.k_norm(k), turns), v))
 
@@ -154,27 +154,27 @@ class PackedAttention(nn.Module):
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """`RotaryEmbedding` as a product of complex numbers, in fp32: a fifth of the time.
 
-    x (B, N, heads, head_dim), turns (N, 1, head_dim / 2) complex.
+    x (B, heads, N, head_dim), turns (N, head_dim / 2) complex; the result is contiguous.
     """
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    x = x.to(torch.float32, memory_format=torch.contiguous_format)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ)·v of (B, N, heads, head_dim), q scaled, q and k fp32: (B, N, D) as v."""
-    tokens, heads = q.shape[1:3]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    """softmax(q·kᵀ)·v of (B, heads, N, head_dim), q scaled, q and k fp32: (B, N, D) as v."""
+    batch, heads, tokens, head_dim = q.shape
     if tokens not in PRODUCTS or v.dtype != torch.bfloat16:
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, scale=1.0)
         return x.transpose(1, 2).flatten(2)
+    output = v.new_empty(batch, tokens, heads, head_dim)
     samples = max(1, SCORES_AT_ONCE // (heads * tokens**2))
-    parts = zip(*(x.split(samples) for x in (q, k, v)), strict=True)
+    parts = zip(*(x.split(samples) for x in (q, k, v, output)), strict=True)
     with torch.autocast("cpu", enabled=False), wide_products():
-        outputs = [
-            (q @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
-            for q, k, v in parts  # (samples, heads, N, head_dim)
-        ]
-    return torch.cat(outputs).transpose(1, 2).flatten(2)
+        for q, k, v, part in parts:
+            weights = (q @ k.transpose(-1, -2)).softmax(-1).to(v.dtype)
+            part.copy_((weights @ v).transpose(1, 2))
+    return output.flatten(2)
 
 
 @contextmanager
