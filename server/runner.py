@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rae.models.checkpoint import Checkpoint
 from rae.models.config import GuidanceMethod, Solver
+from rae.models.cpu import can_pack, pack
 from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
 from rae.server.request import ImageSpec
 
@@ -67,8 +68,11 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return precisions[name]
 
 
-def store_matmuls(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep matmul weights in `dtype`; under autocast fp32 ones would be cast at every call."""
+def prepare(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Keep matmul weights in `dtype`; under autocast fp32 ones would be cast at every call. On a
+    CPU the layers are packed as well: the model then runs, and can be neither saved nor trained."""
+    if device.type == "cpu" and can_pack():
+        return pack(model, dtype)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(dtype)
@@ -88,12 +92,12 @@ class Runner:
         self.dit_dh = checkpoint.dit_dh.to(device)
         self.guide = checkpoint.guide.to(device) if checkpoint.guide else None
         self.rae = checkpoint.rae.to(device)
+        self._guide_cost = _num_parameters(self.guide) / _num_parameters(self.dit_dh)
         for model in (self.dit_dh, self.guide, self.rae):
             if model is not None:
-                store_matmuls(model, precision)
+                prepare(model, device, precision)
         self.latents = torch.zeros(num_slots, *config.dit_dh.latent_shape, device=device)
         self._slots: dict[int, tuple[ImageSpec, Plan]] = {}
-        self._guide_cost = _num_parameters(self.guide) / _num_parameters(self.dit_dh)
         self._cached_plan = lru_cache(maxsize=1024)(self._make_plan)
 
     def plan(self, spec: ImageSpec) -> Plan:

@@ -11,9 +11,16 @@ import torch
 
 from rae.models.checkpoint import Checkpoint, load_checkpoint
 from rae.models.config import GuidanceMethod, Solver
+from rae.models.cpu import can_pack
 from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
 from rae.server.request import ImageSpec
-from rae.server.runner import NonFiniteError, Runner, resolve_device, resolve_precision
+from rae.server.runner import (
+    NonFiniteError,
+    Runner,
+    prepare,
+    resolve_device,
+    resolve_precision,
+)
 
 CPU = torch.device("cpu")
 METHODS: tuple[GuidanceMethod, ...] = ("cfg", "autoguidance")
@@ -32,6 +39,14 @@ def mixed_specs(count: int, steps: int, null_label: int) -> list[ImageSpec]:
         )
         for _ in range(count)
     ]
+
+
+def prepared(folder: Path, dtype: torch.dtype) -> Checkpoint:
+    checkpoint = load_checkpoint(folder)
+    for model in (checkpoint.dit_dh, checkpoint.guide, checkpoint.rae):
+        assert model is not None
+        prepare(model, CPU, dtype)
+    return checkpoint
 
 
 def solo(
@@ -58,7 +73,7 @@ def solo(
 def test_every_batch_size_gives_the_bits_of_denoise(
     tiny_checkpoint: Path, dtype: torch.dtype
 ) -> None:
-    checkpoint = load_checkpoint(tiny_checkpoint)
+    checkpoint = prepared(tiny_checkpoint, dtype)
     runner = Runner(load_checkpoint(tiny_checkpoint), CPU, dtype, num_slots=40)
     specs = mixed_specs(40, steps=4, null_label=4)
     expected = [solo(checkpoint, spec, dtype) for spec in specs]
@@ -74,8 +89,8 @@ def test_every_batch_size_gives_the_bits_of_denoise(
 
 
 def test_rows_at_different_steps_do_not_meet(tiny_checkpoint: Path) -> None:
-    checkpoint = load_checkpoint(tiny_checkpoint)
-    runner = Runner(checkpoint, CPU, torch.float32, num_slots=3)
+    checkpoint = prepared(tiny_checkpoint, torch.float32)
+    runner = Runner(load_checkpoint(tiny_checkpoint), CPU, torch.float32, num_slots=3)
     long, short = mixed_specs(2, steps=9, null_label=4)
     short = ImageSpec(class_label=1, seed=5, steps=3, cfg=2.0)
     runner.start(2, long)
@@ -95,7 +110,7 @@ def test_rows_at_different_steps_do_not_meet(tiny_checkpoint: Path) -> None:
 def test_solve_gives_the_bits_of_denoise(
     tiny_checkpoint: Path, dtype: torch.dtype, solver: Solver
 ) -> None:
-    checkpoint = load_checkpoint(tiny_checkpoint)
+    checkpoint = prepared(tiny_checkpoint, dtype)
     runner = Runner(load_checkpoint(tiny_checkpoint), CPU, dtype, num_slots=3)
     specs = [ImageSpec(class_label=slot, seed=slot, steps=5, cfg=2.0) for slot in range(3)]
     for slot in (2, 0):
@@ -113,6 +128,27 @@ def test_what_is_not_finite_is_named_on_request(tiny_checkpoint: Path, value: fl
     with pytest.raises(NonFiniteError, match="slots 2 are not finite") as raised:
         runner.decode([3, 2, 1], must_be_finite=True)
     assert raised.value.slots == [2]
+
+
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "plain"])
+def test_images_are_those_of_the_plain_model(
+    packs: bool, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rae.server.runner.can_pack", lambda: packs and can_pack())
+    runner = Runner(load_checkpoint(tiny_checkpoint), CPU, torch.float32, num_slots=4)
+    specs = mixed_specs(4, steps=9, null_label=4)
+    for slot, spec in enumerate(specs):
+        runner.start(slot, spec)
+    for step in range(8):
+        runner.step([(slot, step) for slot in range(4)])
+    plain = load_checkpoint(tiny_checkpoint)
+    for image, spec in zip(runner.decode(range(4)), specs, strict=True):
+        expected = solo(plain, spec, torch.float32)
+        if packs:  # a rounding may turn a .5
+            assert np.abs(image.astype(int) - expected).max() <= 1
+            assert (image != expected).mean() < 0.01
+        else:
+            np.testing.assert_array_equal(image, expected)
 
 
 def test_second_branches_are_planned_only_inside_the_interval(tiny_checkpoint: Path) -> None:

@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from rae.models.checkpoint import load_checkpoint, save_checkpoint
+from rae.models.checkpoint import load_checkpoint, read_config, write_config
 from rae.models.config import GuidanceMethod, Solver
 from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
 from rae.server import partial
@@ -138,6 +139,7 @@ def test_images_are_those_of_denoise(
     assert done.exit_code == 0, done.output
     checkpoint = load_checkpoint(tiny_checkpoint)
     config = checkpoint.config
+    Runner(checkpoint, torch.device("cpu"), torch.float32, num_slots=1)  # brings it to its form
     with torch.inference_mode():
         latents = denoise(
             checkpoint.dit_dh,
@@ -449,13 +451,11 @@ def test_a_full_disk_is_said_first(
 
 
 def test_weights_that_are_not_finite_stop_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    checkpoint = load_checkpoint(tiny_checkpoint)
-    with torch.no_grad():
-        table = next(p for p in checkpoint.dit_dh.y_embedder.parameters() if p.shape[0] == 5)
-        table[2] = torch.nan
-    folder = tmp_path / "model"
-    config = replace(checkpoint.config, sha256={})
-    save_checkpoint(folder, config, checkpoint.dit_dh, checkpoint.rae, checkpoint.guide)
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    tensors = load_file(folder / "dit_dh.safetensors")
+    tensors["y_embedder.embedding_table.weight"][2] = torch.nan
+    save_file(tensors, folder / "dit_dh.safetensors")
+    write_config(folder, replace(read_config(folder)[0], sha256={}))
     out = tmp_path / "a.npz"
     flags = ["--num", "8", "--seed", "40", "--steps", "3", "--batch", "2", "--cfg", "1"]
     broken = rae("sample", "--model", folder, "--out", out, *flags)
