@@ -7,10 +7,10 @@ Nothing is ever unpickled.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -42,13 +42,26 @@ C = TypeVar("C", bound=AutoencoderConfig)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint, on the CPU. `sha256` is config.json's, which holds the files' own."""
+    """A loaded checkpoint, on the CPU. `sha256` is config.json's, which holds the files' own.
+
+    `num_parameters` of each network are counted here: a runner may pack the layers.
+    """
 
     config: CheckpointConfig
     sha256: str
     dit_dh: DiTDH
     rae: RAE
     guide: DiTDH | None
+    num_parameters: Mapping[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        networks = {"dit_dh": self.dit_dh, "decoder": self.rae.decoder, "guide": self.guide}
+        counts = {
+            name: sum(parameter.numel() for parameter in network.parameters())
+            for name, network in networks.items()
+            if network is not None
+        }
+        object.__setattr__(self, "num_parameters", counts)
 
 
 def read_config(folder: Path) -> tuple[CheckpointConfig, str]:

@@ -92,7 +92,8 @@ class Runner:
         self.dit_dh = checkpoint.dit_dh.to(device)
         self.guide = checkpoint.guide.to(device) if checkpoint.guide else None
         self.rae = checkpoint.rae.to(device)
-        self._guide_cost = _num_parameters(self.guide) / _num_parameters(self.dit_dh)
+        sizes = checkpoint.num_parameters
+        self._guide_cost = sizes.get("guide", 0) / sizes["dit_dh"]
         for model in (self.dit_dh, self.guide, self.rae):
             if model is not None:
                 prepare(model, device, precision)
@@ -203,7 +204,3 @@ class Runner:
             if broken:
                 raise NonFiniteError(broken)
         return list(to_uint8(images, truncate=truncate).permute(0, 2, 3, 1).cpu().numpy())
-
-
-def _num_parameters(model: nn.Module | None) -> int:
-    return sum(parameter.numel() for parameter in model.parameters()) if model else 0

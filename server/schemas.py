@@ -250,11 +250,7 @@ class ModelInfo(BaseModel):
     @classmethod
     def of(cls, checkpoint: Checkpoint, limits: Limits) -> Self:
         config = checkpoint.config
-        parts = {
-            "dit_dh": (checkpoint.dit_dh, config.dit_dh),
-            "decoder": (checkpoint.rae.decoder, config.decoder),
-            "guide": (checkpoint.guide, config.guide),
-        }
+        parts = {"dit_dh": config.dit_dh, "decoder": config.decoder, "guide": config.guide}
         return cls(
             name=config.name,
             sha256=checkpoint.sha256,
@@ -264,12 +260,8 @@ class ModelInfo(BaseModel):
             image_size=config.decoder.image_size,
             latent_shape=config.dit_dh.latent_shape,
             shift=config.shift,
-            parameters={
-                name: sum(parameter.numel() for parameter in model.parameters())
-                for name, (model, _) in parts.items()
-                if model is not None
-            },
-            configurations={name: asdict(part) for name, (_, part) in parts.items() if part},
+            parameters=dict(checkpoint.num_parameters),
+            configurations={name: asdict(part) for name, part in parts.items() if part},
             defaults=asdict(config.defaults),
             guidance_methods=list(limits.methods),
         )
