@@ -99,6 +99,7 @@ def test_every_bit_is_kept(authors_folder: AuthorsFolder, tmp_path: Path) -> Non
 
 
 def test_export_gives_the_authors_files_back(authors_folder: AuthorsFolder, tmp_path: Path) -> None:
+    authors_folder.edit("stage_1.params.eps", 3e-6)
     first = convert(authors_folder.published(), tmp_path / "first")
     export(tmp_path / "first", tmp_path / "authors again")
     root, again = authors_folder.root, tmp_path / "authors again"
@@ -107,7 +108,8 @@ def test_export_gives_the_authors_files_back(authors_folder: AuthorsFolder, tmp_
         assert same_tensors(exported, torch.load(root / theirs, weights_only=True))
     second = convert(read_yaml(again / "config.yaml", again), tmp_path / "second")
     same = {"name": "", "source": "", "notes": {}}
-    assert replace(first, **same) == replace(second, **same)
+    assert replace(first, **same) == replace(second, **same)  # sha256 of the weights and all
+    assert load_checkpoint(tmp_path / "second").rae.eps == torch.tensor(3e-6)
 
 
 def test_bf16_is_for_the_matrix_products_alone(

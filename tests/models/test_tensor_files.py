@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from pathlib import Path
@@ -54,6 +55,16 @@ def test_types_are_changed_as_asked(tmp_path: Path) -> None:
     read = load_file(path)
     assert torch.equal(read["a"], tensors["a"].bfloat16())
     assert torch.equal(read["b.odd"], tensors["b.odd"].float())
+
+
+def test_fp32_stays_aligned_beside_odd_numbers_of_bf16(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, some_tensors())
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    starts = {v["data_offsets"][0] for k, v in header.items() if v.get("dtype") == "F32"}
+    assert size % 8 == 0 and len(starts) > 3 and all(start % 4 == 0 for start in starts)
 
 
 def test_a_file_may_be_written_over_the_one_it_is_mapped_from(tmp_path: Path) -> None:

@@ -467,6 +467,15 @@ def test_weights_that_are_not_finite_stop_it(tiny_checkpoint: Path, tmp_path: Pa
     assert not out.exists()
 
 
+def test_every_index_has_a_seed_and_a_class_of_its_own(tiny_checkpoint: Path) -> None:
+    config, sha256 = read_config(tiny_checkpoint)
+    settings = SampleSettings(out=Path("a.npz"), per_class=12_500, seed=3)
+    job = Job.of(settings, config, checkpoint_sha256=sha256, device="cpu", precision="fp32")
+    specs = [job.spec(i) for i in range(50_000)]
+    assert [spec.seed for spec in specs] == list(range(3, 50_003))
+    assert [spec.class_label for spec in specs] == [0, 1, 2, 3] * 12_500
+
+
 def test_a_batch_that_is_filled_up_gives_the_same_images(tiny_checkpoint: Path) -> None:
     checkpoint = load_checkpoint(tiny_checkpoint)
     settings = SampleSettings(out=Path("a.npz"), num=8, steps=3)
