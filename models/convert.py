@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -89,21 +90,27 @@ def convert(
 
 @contextmanager
 def staging(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its place at the end, or is removed after an error.
+    """A new folder that becomes `out` at the end, or is removed after an error.
 
+    It lies beside `out`, or in it where that exists, which may be a mounted volume or a link.
     Raises CheckpointError where `out` exists and is not an empty folder.
     """
     out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    exists = out.exists()
+    if exists and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder")
-    folder = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir(parents=True)
+    parent = out if exists else out.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: another process may be at the same work.
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=parent))
+    folder.chmod(0o755)
     try:
         yield folder
-        if out.is_dir():
-            out.rmdir()
-        folder.replace(out)
+        if exists:
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+                path.rename(out / path.name)  # config.json last: it makes a checkpoint of a folder
+        else:
+            folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rae.models.convert import convert
+from rae.models.locks import held
 from rae.models.published import HUB_REPOSITORY, PRESETS, Autoencoder, Published
 from rae.models.tensor_files import CheckpointError
 
@@ -22,7 +23,7 @@ def preset(name: str) -> Published:
     return PRESETS[name]
 
 
-def below(published: Published, root: Path) -> Published:
+def below(published: Published, root: Path, repository: str = HUB_REPOSITORY) -> Published:
     """The preset's files under `root`: the hub repository's folder, or one that holds it as
     `models`, as the authors' README has it."""
     if not (root / published.files[0]).exists() and (root / "models" / published.files[0]).exists():
@@ -31,6 +32,8 @@ def below(published: Published, root: Path) -> Published:
     assert isinstance(autoencoder, Autoencoder) and autoencoder.statistics_file
     return replace(
         published,
+        source=f"hub {repository}",
+        license=f"see https://huggingface.co/{repository}",
         autoencoder=replace(
             autoencoder,
             decoder_file=root / autoencoder.decoder_file,
@@ -69,11 +72,14 @@ def local_folder(model: str, notify: Callable[[str], None]) -> Path:
     if match is None or Path(model).exists():
         return Path(model)
     published = preset(match["preset"])
-    folder = cache_folder() / match["repository"].replace("/", "--") / match["preset"]
-    if not (folder / "config.json").exists():
-        root = download(match["preset"], match["repository"])
-        notify(f"Converting into {folder}")
-        convert(below(published, root), folder, notify=notify)
+    repository = match["repository"]
+    folder = cache_folder() / repository.replace("/", "--") / match["preset"]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("a") as lock, held(lock, wait=True):
+        if not (folder / "config.json").exists():
+            root = download(match["preset"], repository)
+            notify(f"Converting into {folder}")
+            convert(below(published, root, repository), folder, notify=notify)
     return folder
 
 

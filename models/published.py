@@ -163,12 +163,9 @@ def _preset_dit_dh(size: int, folder: str, guide: str, cfg: float) -> Published:
         guide=Network(CONFIGS[f"DiTDH-S-{size}"], weights / guide / "stage2_model.pt"),
         shift=default_shift(config.latent_shape),
         defaults=SamplerDefaults(cfg=cfg, guidance_method="autoguidance"),
-        source=f"hub {HUB_REPOSITORY}",
-        license=LICENSE,
     )
 
 
-LICENSE = f"see https://huggingface.co/{HUB_REPOSITORY}"
 _DINOV2 = EncoderConfig(kind="dinov2", image_size=224, name="facebook/dinov2-with-registers-base")
 _SIGLIP2 = EncoderConfig(kind="siglip2", image_size=256, name="google/siglip2-base-patch16-256")
 _MAE = EncoderConfig(kind="mae", image_size=256, name="facebook/vit-mae-base")
@@ -196,8 +193,5 @@ _AUTOENCODERS = {
 PRESETS: dict[str, Published] = {
     "DiTDH-XL-256": _preset_dit_dh(256, "DiTDH-XL", "DiTDH-S_ep14", 1.42),
     "DiTDH-XL-512": _preset_dit_dh(512, "DiTDH-XL_ep400", "DiTDH-S_ep20", 1.5),
-    **{
-        name: Published(name=name, autoencoder=rae, source=f"hub {HUB_REPOSITORY}", license=LICENSE)
-        for name, rae in _AUTOENCODERS.items()
-    },
+    **{name: Published(name=name, autoencoder=rae) for name, rae in _AUTOENCODERS.items()},
 }

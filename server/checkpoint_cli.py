@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rae.server.command_settings import ConvertSettings, ReconstructSettings
-from rae.server.settings import embedded_model, takes
+from rae.server.settings import find_folder, takes
 from rae.server.terminal import fail
 
 checkpoints = typer.Typer()
@@ -26,7 +26,7 @@ def info(
     from rae.server.inspection import report
 
     try:
-        report(checkpoint or embedded_model(), Console())
+        report(find_folder(checkpoint), Console())
     except (ValueError, OSError) as error:
         fail(str(error))
 
@@ -53,7 +53,7 @@ def export(
     from rae.models.export import export as write
 
     try:
-        files = write(checkpoint, out)
+        files = write(find_folder(checkpoint), out)
     except (ValueError, OSError) as error:
         fail(str(error))
     typer.echo(f"Wrote {', '.join(files)} to {out}")
@@ -86,7 +86,11 @@ def verify(
     words = {True: ("pass", "green"), False: ("FAIL", "bold red"), None: ("skip", "yellow")}
     console = Console(soft_wrap=True, highlight=False)
     failures = 0
-    for check in verify_folder(checkpoint or embedded_model(), reference=reference, image=image):
+    try:
+        folder = find_folder(checkpoint)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    for check in verify_folder(folder, reference=reference, image=image):
         failures += check.passed is False
         console.print(Text.assemble(words[check.passed], f"  {check.name}: {check.detail}"))
     if failures:
@@ -103,7 +107,7 @@ def reconstruct(settings: ReconstructSettings) -> None:
 
     try:
         files = settings.files()
-        config, rae = load_autoencoder(settings.folder, settings.encoder)
+        config, rae = load_autoencoder(settings.find_folder(), settings.encoder)
         for path, file in files.items():
             picture = read_picture(path, config.decoder.image_size)
             rebuilt = reconstruct_picture(rae, picture)

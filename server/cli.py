@@ -60,7 +60,7 @@ def serve(settings: ServeSettings) -> None:
 
     try:
         server = prepare(settings, typer.echo)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     failure = server.serve_until_stopped()
     if failure:
@@ -80,7 +80,7 @@ def generate(settings: GenerateSettings) -> None:
     from rae.server.schemas import read_request
 
     try:
-        checkpoint = load_checkpoint(settings.folder, keep_bf16=True)
+        checkpoint = load_checkpoint(settings.find_folder(), keep_bf16=True)
         limits = Limits.of(checkpoint.config, max_steps=1000, max_images=1000)
         asked = [read_request(values, limits) for values in wanted(settings, limits.classes)]
         specs = [spec for request in asked for spec in request.specs(limits)]
@@ -142,8 +142,9 @@ def wanted(settings: GenerateSettings, names: tuple[str, ...]) -> list[dict[str,
 def classes(settings: ClassesSettings) -> None:
     """List the classes that match QUERY, the best match first: id and names."""
     try:
-        names = labels.imagenet_classes() if settings.imagenet else classes_of(settings.folder)
-    except ValueError as error:
+        is_imagenet = settings.imagenet
+        names = labels.imagenet_classes() if is_imagenet else classes_of(settings.find_folder())
+    except (ValueError, OSError) as error:
         fail(str(error))
     query = " ".join(settings.query or ())
     found = labels.search(names, query)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -15,6 +14,8 @@ from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 from rich.filesize import decimal
+
+from rae.models.locks import held
 
 IMAGES, DONE, SECONDS = "images.npy", "done.npy", "seconds.npy"
 JOB, ARCHIVE, LOCK = "job.json", "archive.npz", "lock"
@@ -73,8 +74,14 @@ class Partial:
         self.require_space()
         write_npz(archive, self.folder / IMAGES, labels)
         write_json(report_path(self.out), report)
-        # Unlike a rename, a link never replaces a file, and shows whose `out` is.
-        os.link(archive, self.out)
+        try:
+            # Unlike a rename, a link never replaces a file, and shows whose `out` is.
+            os.link(archive, self.out)
+        except FileExistsError:
+            raise
+        except OSError:  # exFAT, SMB and others have no links
+            refuse_existing(self.out)
+            archive.rename(self.out)
         remove(self.folder)
 
 
@@ -166,22 +173,6 @@ def is_assembled(out: Path) -> bool:
     return True
 
 
-@contextmanager
-def held(lock: IO[str], *, wait: bool) -> Iterator[bool]:
-    """Whether this process has the lock, which a process gives back however it ends."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        is_mine = False
-    else:
-        is_mine = True
-    try:
-        yield is_mine
-    finally:
-        if is_mine:
-            fcntl.flock(lock, fcntl.LOCK_UN)
-
-
 def remove(folder: Path) -> None:
     """Delete what we put there. The link by which `is_assembled` knows `out` goes late."""
     for name in (JOB, IMAGES, DONE, SECONDS, ARCHIVE, LOCK):
@@ -233,6 +224,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ValueError that names the file."""
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} does not hold an object")
+    return values

@@ -55,7 +55,8 @@ def run(settings: SampleSettings, say: Say) -> int:
         )
     if settings.world_size > 1:
         tell, say = say, lambda text: tell(f"rank {settings.rank}: {text}")
-    config, sha256 = read_config(settings.folder)
+    folder = settings.find_folder(say)
+    config, sha256 = read_config(folder)
     device = resolve_device(settings.device, settings.local_rank)
     precision = resolve_precision(settings.precision, device)
     name = "bf16" if precision.itemsize == 2 else "fp32"
@@ -66,7 +67,7 @@ def run(settings: SampleSettings, say: Say) -> int:
     shape = (job.num, config.decoder.image_size, config.decoder.image_size, 3)
     try:
         with noted_signals() as signals, opened(settings.out, asdict(job), shape, say) as work:
-            checkpoint = load_checkpoint(settings.folder, keep_bf16=True)
+            checkpoint = load_checkpoint(folder, keep_bf16=True)
             runner = Runner(checkpoint, device, precision, settings.batch)
             fill(work, runner, job, settings, signals, say)
             if signals:

@@ -65,13 +65,15 @@ def prepare(settings: ServeSettings, say: Callable[[str], None]) -> Server:
     Raises ValueError for a port, a checkpoint or a device that cannot be used.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s: %(message)s")
+    # A published model may be downloaded here: nobody should be let in to wait for that.
+    folder = settings.find_folder(say)
     # Before the model is loaded, so that a port that is taken is said at once.
     listener = listen(settings.host, settings.port)
     try:
-        checkpoint = load_checkpoint(settings.folder, keep_bf16=True)
+        checkpoint = load_checkpoint(folder, keep_bf16=True)
         metrics = Metrics()
         engine = Engine(checkpoint, settings, metrics)
-    except ValueError:
+    except (ValueError, OSError):
         listener.close()
         raise
     name = checkpoint.config.name

@@ -47,16 +47,9 @@ class FolderSettings:
         ),
     ] = None
 
-    @property
-    def folder(self) -> Path:
-        """Raises ValueError for a published model that cannot be had."""
-        if self.model is None:
-            return embedded_model()
-        if ":" not in self.model.name or self.model.exists():
-            return self.model
-        from rae.models.hub import local_folder
-
-        return local_folder(str(self.model), typer.echo)
+    def find_folder(self, say: Callable[[str], None] = typer.echo) -> Path:
+        """The checkpoint folder, as `find_folder` of this module."""
+        return find_folder(self.model, say)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +157,16 @@ class ServeSettings(EngineSettings):
     @property
     def allowed_origins(self) -> list[str]:
         return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
+
+
+def find_folder(model: Path | None, say: Callable[[str], None] = typer.echo) -> Path:
+    """The checkpoint folder that `model` names, the embedded one for None; a published model is
+    downloaded and converted the first time. Raises ValueError or OSError where it cannot be had."""
+    if model is None:
+        return embedded_model()
+    from rae.models.hub import local_folder
+
+    return local_folder(str(model), say)
 
 
 def embedded_model() -> Path:

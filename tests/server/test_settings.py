@@ -84,5 +84,5 @@ def test_settings_are_frozen_and_need_only_what_differs() -> None:
 
 
 def test_the_embedded_model_is_the_default() -> None:
-    assert ServeSettings().folder == embedded_model()
+    assert ServeSettings().find_folder() == embedded_model()
     assert embedded_model().name == "digits"
