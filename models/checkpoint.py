@@ -86,7 +86,7 @@ def read_any_config(folder: Path) -> tuple[AutoencoderConfig, str]:
         ) from error
     try:
         return parse_config(data.decode()), hashlib.sha256(data).hexdigest()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 

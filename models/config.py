@@ -5,7 +5,7 @@ Sources: arXiv 2510.11690; github bytetriper/RAE, `src/stage2/models/DDT.py` and
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal, Self, TypeVar, get_type_hints
@@ -15,6 +15,7 @@ Solver = Literal["euler", "heun2", "midpoint"]
 
 T = TypeVar("T")
 
+MAX_SIZE, MAX_DEPTH = 2**20, 1000
 PAIRS = ("hidden_size", "depth", "num_heads")  # of backbone and head in the authors' arguments
 
 
@@ -185,12 +186,14 @@ def _known(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_number(value: object) -> bool:
-    """A finite int or float; a bool is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite int or float; a bool is none, nor is an int beyond floats."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < sys.float_info.max
 
 
 def require_types(config: object, *, may_be_zero: tuple[str, ...] = ()) -> None:
-    """Integers and floats of a configuration are positive, flags are booleans.
+    """Integers and floats of a configuration are positive, integers not absurd, flags booleans.
 
     Raises ValueError that names the field.
     """
@@ -201,6 +204,8 @@ def require_types(config: object, *, may_be_zero: tuple[str, ...] = ()) -> None:
             raise ValueError(f"{name} {value!r} is not true or false")
         if kind is int and not (is_positive and isinstance(value, int)):
             raise ValueError(f"{name} {value!r} is not a positive integer")
+        if kind is int and value > (MAX_DEPTH if "depth" in name else MAX_SIZE):
+            raise ValueError(f"{name} {value} is beyond what a model here may have")
         if kind is float and not is_positive:
             raise ValueError(f"{name} {value!r} is not a positive number")
 

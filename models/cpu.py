@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -23,6 +24,8 @@ from rae.models.layers import Attention, Linear, RotaryEmbedding, SwiGLU
 PRODUCTS = range(64, 513)
 # At 256 px one image's scores, 4 MB in fp32: those of more would leave the cache.
 SCORES_AT_ONCE = 2**20
+# The setting is the process's: two engines that overlapped would leave it changed.
+WIDENING = Lock()
 
 
 def can_pack() -> bool:
@@ -31,6 +34,7 @@ def can_pack() -> bool:
     ops = torch.ops.mkldnn
     return (
         torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         and hasattr(ops, "_linear_pointwise")
         and hasattr(ops, "_reorder_linear_weight")
         and ops._is_mkldnn_bf16_supported()
@@ -55,6 +59,8 @@ def pack(module: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, PackedLinear.of(child, dtype))
             case nn.Conv2d():
                 child.to(dtype)
+            case PackedLinear():
+                assert child.dtype == dtype, "this model is packed already, in another precision"
             case _:
                 pack(child, dtype)
 
@@ -182,9 +188,10 @@ def wide_products() -> Iterator[None]:
     """Let oneDNN multiply fp32 matrices, which may round what goes in to bf16, as torch's fused
     attention does, but never what comes out. Here it does not, and takes 40 % of MKL's time."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    with WIDENING:
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before

@@ -41,6 +41,21 @@ TRANSFORMERS: dict[EncoderKind, dict[str, Any]] = {
     "siglip2": {"model_type": "siglip_vision_model", "image_size": 256},
     "mae": {"model_type": "vit_mae", "image_size": 224},
 }
+SIZES = (
+    "encoder_hidden_size",
+    "encoder_patch_size",
+    "encoder_num_hidden_layers",
+    "encoder_input_size",
+    "decoder_hidden_size",
+)
+MAX_SIZE = 65_536
+ENCODER_NAMES = {
+    ("dinov2", 384): "facebook/dinov2-with-registers-small",
+    ("dinov2", 768): "facebook/dinov2-with-registers-base",
+    ("dinov2", 1024): "facebook/dinov2-with-registers-large",
+    ("siglip2", 768): "google/siglip2-base-patch16-256",
+    ("mae", 768): "facebook/vit-mae-base",
+}
 HEAD_DIM = 64  # of every encoder, says diffusers
 FINAL_NORMS: dict[EncoderKind, str] = {
     "dinov2": "layernorm",
@@ -64,12 +79,14 @@ class DiffusersAutoencoder:
         path = self.folder / "config.json"
         try:
             config = json.loads(path.read_text())
+            if not isinstance(config, dict):
+                raise ValueError("it does not hold an object")
             return self._read(config)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
         except KeyError as error:
             raise CheckpointError(f"{path} or {WEIGHTS} has no {error}") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: {error}") from error
 
     def _read(self, config: dict[str, Any]) -> RAEWeights:
@@ -85,9 +102,16 @@ class DiffusersAutoencoder:
         kind = config["encoder_type"]
         if kind not in TRANSFORMERS:
             raise ValueError(f"encoder_type {kind!r}; known: {', '.join(TRANSFORMERS)}")
+        for key in SIZES:
+            if type(config[key]) is not int or not 0 < config[key] <= MAX_SIZE:
+                raise ValueError(f"{key} {config[key]!r} is not an integer from 1 to {MAX_SIZE}")
+        if config["decoder_hidden_size"] % 4:
+            raise ValueError(f"decoder_hidden_size {config['decoder_hidden_size']} is not 4·n")
         tensors = read_tensors(self.folder / WEIGHTS)
         decoder = {_published_name(k): v for k, v in _below("decoder.", tensors).items()}
         encoder = _below("encoder.", tensors)
+        # Buffers such as position_ids are integers, and made anew.
+        encoder = {k: v for k, v in encoder.items() if v.is_floating_point()}
         channels = config["encoder_hidden_size"]
         # Before transformers 5 SigLIP's tower sat one attribute deeper.
         prefix = "vision_model." if any(k.startswith("vision_model.") for k in encoder) else ""
@@ -104,7 +128,11 @@ class DiffusersAutoencoder:
         return RAEWeights(
             decoder=decoder_config(params, decoder, self.folder / WEIGHTS),
             tensors={**decoder, **_statistics(tensors)},
-            encoder=EncoderConfig(kind=kind, image_size=config["encoder_input_size"]),
+            encoder=EncoderConfig(
+                kind=kind,
+                image_size=config["encoder_input_size"],
+                name=ENCODER_NAMES.get((kind, channels), ""),
+            ),
             image_mean=_triple(config.get("encoder_norm_mean") or IMAGENET_MEAN),
             image_std=_triple(config.get("encoder_norm_std") or IMAGENET_STD),
             encoder_tensors=encoder,

@@ -114,6 +114,7 @@ def load_encoder(config: EncoderConfig, folder: Path) -> Encoder:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are listed, and refused below
                 dtype=torch.float32,
+                attn_implementation="sdpa",  # config.json might name one that is fetched and run
                 **unmasked,
             )
     except (OSError, ValueError, SafetensorError):
@@ -134,7 +135,11 @@ def load_encoder(config: EncoderConfig, folder: Path) -> Encoder:
 def _require_model_type(kind: EncoderKind, folder: Path) -> None:
     """Another model's folder would be a list of all its tensors, missing or misshapen."""
     values = json.loads((folder / "config.json").read_text())
-    found = values.get("model_type") if isinstance(values, dict) else None
+    values = values if isinstance(values, dict) else {}
+    for key in ("auto_map", "quantization_config"):
+        if values.get(key) is not None:
+            raise ValueError(f"config.json has {key}: only plain weights of known models are read")
+    found = values.get("model_type")
     if found not in MODEL_TYPES[kind]:
         raise ValueError(f"model_type {found!r}; {kind} is {' or '.join(MODEL_TYPES[kind])}")
     if (folder / "pytorch_model.bin").exists() and not list(folder.glob("*.safetensors")):

@@ -40,7 +40,10 @@ def read_state_dict(path: Path, kind: str) -> dict[str, Tensor]:
         values = values["ema"]
     elif "model" in values and not isinstance(values["model"], Tensor):
         raise CheckpointError(f"{path} holds 'model' but no 'ema' weights; the ema ones are needed")
-    tensors = {_stripped(key): value for key, value in _items(path, values)}
+    items = _items(path, values)
+    tensors = {_stripped(key): value for key, value in items}
+    if len(tensors) != len(items):
+        raise CheckpointError(f"{path} holds some names twice, with and without {PREFIXES}")
     if kind == KINDS["decoder_embed.weight"] and "decoder.decoder_embed.weight" in tensors:
         inside = "decoder."
         tensors = {k.removeprefix(inside): v for k, v in tensors.items() if k.startswith(inside)}
@@ -48,11 +51,15 @@ def read_state_dict(path: Path, kind: str) -> dict[str, Tensor]:
     if kind not in found:
         other = found[0] if found else f"neither that nor another known kind: {_first(tensors)}"
         raise CheckpointError(f"{path} should hold {kind}; it holds {other}")
+    require_plain(tensors, path)
+    return tensors
+
+
+def require_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A compressed layout or another device has no bytes to copy: raises CheckpointError."""
     for key, value in tensors.items():
-        # A compressed layout or another device has no bytes to copy.
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
             raise CheckpointError(f"{path}: {key} is not a plain tensor on the CPU")
-    return tensors
 
 
 def read_pickled(path: Path) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rae.models.checkpoint_config import SamplerDefaults
 from rae.models.config import CONFIGS, DecoderConfig, DiTDHConfig
 from rae.models.encoder import EncoderConfig
-from rae.models.pickled import KINDS, read_pickled, read_state_dict
+from rae.models.pickled import KINDS, read_pickled, read_state_dict, require_plain
 from rae.models.sampling import default_shift
 from rae.models.tensor_files import CheckpointError
 
@@ -97,7 +97,10 @@ class Autoencoder:
                 f"holds {', '.join(map(str, list(values)[:3])) or 'nothing'}"
             )
         statistics = {"latents_var": var, "eps": torch.tensor(self.eps)}
-        return statistics if mean is None else {"latents_mean": mean, **statistics}
+        if mean is not None:
+            statistics["latents_mean"] = mean
+        require_plain(statistics, self.statistics_file)
+        return statistics
 
 
 class ReadableRAE(Protocol):
@@ -138,7 +141,7 @@ def decoder_config(
         raise CheckpointError(
             f"{path}: decoder_embed.weight and decoder_pos_embed are not as they should be"
         ) from error
-    grid = math.isqrt(num_tokens)
+    grid = math.isqrt(max(num_tokens, 0))
     if grid**2 != num_tokens:
         raise CheckpointError(f"{path}: {num_tokens} tokens are no square")
     return DecoderConfig.from_published({**params, "hidden_size": channels, "grid": grid})

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rae.models.checkpoint_config import SamplerDefaults
@@ -27,7 +30,7 @@ class Section:
 
     def __init__(self, name: str, values: object) -> None:
         if not isinstance(values, Mapping):
-            raise ValueError(f"{name} {values!r} is not a mapping")
+            raise ValueError(f"{name} {shown(values)} is not a mapping")
         self.name, self.values = name, dict(values)
 
     def take(self, key: str, default: Any = REQUIRED) -> Any:  # noqa: ANN401
@@ -41,20 +44,26 @@ class Section:
         values = self.take(key, {} if optional else REQUIRED)
         return Section(f"{self.name}.{key}".lstrip("."), {} if values is None else values)
 
+    def text(self, key: str, default: Any = REQUIRED) -> Any:  # noqa: ANN401
+        """Text, or the default."""
+        value = self.take(key, default)
+        if value is not default and not isinstance(value, str):
+            raise ValueError(f"{self.name}.{key} {shown(value)} is not text")
+        return value
+
     def number(self, key: str, default: Any = REQUIRED) -> float:  # noqa: ANN401
-        """PyYAML reads 1e-5 as text, the authors' loader as a number."""
         value = self.take(key, default)
         try:
             return float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{self.name}.{key} {value!r} is not a number") from None
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{self.name}.{key} {shown(value)} is not a number") from None
 
     def only(self, key: str, allowed: object, default: object, hint: str = "") -> None:
         """Raises ValueError that names another value than the one that is supported."""
         value = self.take(key, default)
         if value != allowed:
             raise ValueError(
-                f"{self.name}.{key} {value!r} is not supported: only {allowed!r} is{hint}"
+                f"{self.name}.{key} {shown(value)} is not supported: only {allowed!r} is{hint}"
             )
 
     def close(self) -> None:
@@ -74,12 +83,33 @@ def read_yaml(path: Path, root: Path) -> Published:
             "YAML files need pyyaml: pip install 'rae-server[convert]'"
         ) from error
     try:
-        values = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        if "${" in text:
+            raise ValueError("${…} interpolations are not resolved: write the values out")
+        values = yaml.load(text, _loader(yaml))
         return _published(path, Section("", values if isinstance(values, dict) else {}), root)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def shown(value: object) -> str:
+    """A value as it came, cut to a readable length: a YAML file's aliases may be exponential."""
+    brief = reprlib.Repr()
+    brief.maxlevel = 2
+    return brief.repr(value)
+
+
+def _loader(yaml: ModuleType) -> Any:  # noqa: ANN401
+    """PyYAML's safe loader, with 1e-5 a number as in the authors' loader (and YAML 1.2)."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return Loader
 
 
 def _published(path: Path, top: Section, root: Path) -> Published:
@@ -105,33 +135,37 @@ def _published(path: Path, top: Section, root: Path) -> Published:
 def _autoencoder(stage_1: Section, root: Path) -> Autoencoder:
     _require_class(stage_1, "RAE")
     params = stage_1.section("params")
-    encoder_cls = params.take("encoder_cls", "Dinov2withNorm")
+    encoder_cls = params.text("encoder_cls", "Dinov2withNorm")
     kind: Any = ENCODER_CLASSES.get(encoder_cls)
     if kind is None:
         known = ", ".join(ENCODER_CLASSES)
         raise ValueError(f"{params.name}.encoder_cls {encoder_cls!r}; known: {known}")
-    params.section("encoder_params", optional=True).only("normalize", True, True)
+    encoder_params = params.section("encoder_params", optional=True)
+    encoder_params.only("normalize", True, True)
+    processor = params.text("encoder_config_path", "")
+    # The weights are loaded from here; encoder_config_path only says how pixels are normalised.
+    weights = encoder_params.text("dinov2_path" if kind == "dinov2" else "model_name", processor)
     params.only("reshape_to_2d", True, True)
     params.take("noise_tau", 0)  # noise is added in training only
     encoder = EncoderConfig(
         kind=kind,
         image_size=params.take("encoder_input_size", 224),
-        name=str(params.take("encoder_config_path", "")),
+        name=weights,
     )
-    decoder = _decoder_params(root / str(params.take("decoder_config_path")))
+    decoder = _decoder_params(root / params.text("decoder_config_path"))
     decoder["patch_size"] = params.take("decoder_patch_size", 16)
     # A whole RAE's checkpoint is loaded after, and over, the decoder's.
-    decoder_file = params.take("pretrained_decoder_path", None)
-    decoder_file = stage_1.take("ckpt", None) or decoder_file
+    decoder_file = params.text("pretrained_decoder_path", None)
+    decoder_file = stage_1.text("ckpt", None) or decoder_file
     if decoder_file is None:
         raise ValueError(f"{params.name} has no pretrained_decoder_path")
-    statistics = params.take("normalization_stat_path", None)
+    statistics = params.text("normalization_stat_path", None)
     eps = params.number("eps", 1e-5)
     params.close()
     return Autoencoder(
         decoder=decoder,
-        decoder_file=root / str(decoder_file),
-        statistics_file=root / str(statistics) if statistics else None,
+        decoder_file=root / decoder_file,
+        statistics_file=root / statistics if statistics else None,
         eps=eps,
         encoder=encoder,
     )
@@ -152,18 +186,18 @@ def _decoder_params(path: Path) -> dict[str, Any]:
 
 def _network(section: Section, root: Path) -> Network:
     _require_class(section, "DiTwDDTHead")
-    params = section.take("params", None) or {}
-    file = section.take("ckpt", None)
+    params = section.section("params", optional=True).values
+    file = section.text("ckpt", None)
     if file is None:
         raise ValueError(f"{section.name} has no ckpt: the file of its weights")
     try:
-        return Network(DiTDHConfig.from_published(params), root / str(file))
+        return Network(DiTDHConfig.from_published(params), root / file)
     except ValueError as error:
         raise ValueError(f"{section.name}.params: {error}") from error
 
 
 def _require_class(section: Section, name: str) -> None:
-    target = str(section.take("target"))
+    target = section.text("target")
     if target.rpartition(".")[2] != name:
         raise ValueError(f"{section.name}.target {target!r} is not supported: only {name} is")
 
@@ -172,14 +206,13 @@ def _check_transport(transport: Section) -> None:
     params = transport.section("params", optional=True)
     params.only("path_type", "Linear", "Linear")
     params.only("prediction", "velocity", "velocity")
-    for key in ("time_dist_type", "loss_weight", "train_eps"):
-        params.take(key, None)  # of training only
-    params.only("sample_eps", None, None)
+    for key in ("time_dist_type", "loss_weight", "train_eps", "sample_eps"):
+        params.take(key, None)  # of training, or put to 0 for velocities
     params.close()
 
 
 def _num_steps(sampler: Section) -> int:
-    mode = str(sampler.take("mode", "ODE"))
+    mode = sampler.text("mode", "ODE")
     if mode.upper() != "ODE":
         raise ValueError(f"sampler.mode {mode!r} is not supported: only 'ODE' is")
     params = sampler.section("params", optional=True)
@@ -196,7 +229,7 @@ def _num_steps(sampler: Section) -> int:
 def _guidance(
     guidance: Section, num_steps: int, root: Path
 ) -> tuple[SamplerDefaults, Network | None]:
-    method = guidance.take("method", "cfg")
+    method = guidance.text("method", "cfg")
     scale = guidance.number("scale", 1.0)
     bounds = [
         guidance.number(f"t_{end}", guidance.take(f"t-{end}", default))
@@ -226,7 +259,7 @@ def _shift(misc: Section, config: DiTDHConfig) -> float:
     for key, value in expected.items():
         given = misc.take(key, value)
         if given != value:
-            raise ValueError(f"misc.{key} {given!r}, but stage_2 has {value!r}")
+            raise ValueError(f"misc.{key} {shown(given)}, but stage_2 has {value!r}")
     dim = misc.number("time_dist_shift_dim", math.prod(config.latent_shape))
     base = misc.number("time_dist_shift_base", SHIFT_BASE)
     if not (dim > 0 and base > 0):

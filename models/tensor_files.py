@@ -41,6 +41,9 @@ def write_tensors(
     CheckpointError, and leaves no file, where a value is not finite.
     """
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()} | dict(dtypes or {})
+    for name, dtype in dtypes.items():
+        if dtype not in SAFETENSORS_NAMES:
+            raise CheckpointError(f"{name} is {dtype}, not torch.float32 or torch.bfloat16")
     names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))  # fp32 stays aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

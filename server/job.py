@@ -11,6 +11,7 @@ import numpy as np
 from rae.models.checkpoint import CheckpointConfig
 from rae.models.config import GuidanceMethod, Solver
 from rae.server.command_settings import Labels, Pixels, SampleSettings
+from rae.server.errors import Detail, InvalidRequestError
 from rae.server.limits import Limits
 from rae.server.request import ImageSpec
 from rae.server.schemas import read_request
@@ -56,15 +57,17 @@ class Job:
         num = number_of_images(settings, num_classes)
         asked = {
             "class_id": 0,
-            "n": num,
             "seed": settings.seed,
             "cfg": settings.cfg,
             "steps": settings.steps,
             "guidance_method": settings.guidance_method,
             "guidance_interval": settings.guidance_interval,
         }
-        limits = Limits.of(config, max_steps=1000, max_images=num)
-        first, *_ = read_request(asked, limits).specs(limits)
+        limits = Limits.of(config, max_steps=1000, max_images=1)
+        (first,) = read_request(asked, limits).specs(limits)
+        if first.seed > limits.bounds("seed", num)[1]:
+            problem = Detail("seed", str(first.seed), limits.allowed("seed", num))
+            raise InvalidRequestError([problem])
         return cls(
             checkpoint_sha256=checkpoint_sha256,
             num_classes=num_classes,

@@ -75,12 +75,20 @@ def test_what_the_authors_leave_out_has_their_default(authors_folder: AuthorsFol
         ("sampler.params.last_step", "Mean", "sampler.params has unknown keys: last_step"),
         ("transport.params.path_type", "GVP", "path_type 'GVP' is not supported: only 'Linear'"),
         ("transport.params.prediction", "noise", "prediction 'noise' is not supported"),
-        ("transport.params.sample_eps", 0.1, "sample_eps 0.1 is not supported"),
+        ("transport.params.steps", 0.1, "transport.params has unknown keys: steps"),
+        ("stage_1.params.encoder_cls", ["a"], r"encoder_cls \['a'\] is not text"),
+        ("stage_2.params", [1], r"stage_2.params \[1\] is not a mapping"),
+        ("stage_2.params.num_classes", 2**40, "num_classes 1099511627776 is beyond what a model"),
+        ("stage_2.params.depth", [10**7, 2], "depth 10000000 is beyond what a model"),
+        ("stage_2.params.mlp_ratio", 10**400, "mlp_ratio 1000.* is not a positive number"),
+        ("guidance.scale", 10**400, "guidance.scale 1000.* is not a number"),
+        ("stage_2.ckpt", "${models}/x.pt", "interpolations are not resolved"),
         ("stage_1.target", "stage1.VAE", "target 'stage1.VAE' is not supported: only RAE"),
         ("stage_1.params.encoder_cls", "CLIP", "encoder_cls 'CLIP'; known: Dinov2withNorm"),
         ("stage_1.params.encoder_params.normalize", False, "normalize False is not supported"),
         ("stage_1.params.reshape_to_2d", False, "reshape_to_2d False is not supported"),
         ("stage_1.params.pretrained_decoder_path", None, "has no pretrained_decoder_path"),
+        ("stage_1.params.normalization_stat_path", 3, "normalization_stat_path 3 is not text"),
         ("stage_1.params.eps", "tiny", "eps 'tiny' is not a number"),
         ("stage_1.params.colour", 1, "stage_1.params has unknown keys: colour"),
         ("stage_1.params.decoder_config_path", "nowhere", "the decoder's configuration, cannot"),
@@ -123,6 +131,42 @@ def test_what_is_no_configuration_is_one_line(tmp_path: Path, text: str) -> None
     assert "\n" not in str(raised.value)
     with pytest.raises(CheckpointError, match="No such file"):
         read_yaml(tmp_path / "y.yaml", tmp_path)
+
+
+def test_numbers_are_read_as_the_authors_loader_reads_them(
+    authors_folder: AuthorsFolder,
+) -> None:
+    text = authors_folder.yaml.read_text().replace("scale: 1.42", "scale: 142e-2")
+    assert "mlp_ratio: 4.0" in text
+    text = text.replace("mlp_ratio: 4.0", "mlp_ratio: 4e0").replace("eps: 1", "eps: 1")
+    path = authors_folder.root / "other.yaml"
+    path.write_text(text)
+    published = read_yaml(path, authors_folder.root)
+    assert published.defaults.cfg == 1.42
+    assert published.dit_dh and published.dit_dh.config.mlp_ratio == 4.0
+
+
+def test_the_encoder_is_the_one_whose_weights_are_loaded(authors_folder: AuthorsFolder) -> None:
+    authors_folder.edit("stage_1.params.encoder_config_path", "someone/processor")
+    autoencoder = authors_folder.published().autoencoder
+    assert isinstance(autoencoder, Autoencoder)
+    assert autoencoder.encoder.name == "facebook/vit-mae-base"
+    authors_folder.edit("stage_1.params.encoder_params", {})
+    autoencoder = authors_folder.published().autoencoder
+    assert isinstance(autoencoder, Autoencoder)
+    assert autoencoder.encoder.name == "someone/processor"
+
+
+def test_exponential_and_deep_files_are_one_short_line(tmp_path: Path) -> None:
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    bomb = "\n".join([*levels, "stage_1: *a8"])
+    deep = "stage_1: " + "[" * 10_000
+    for text in (bomb, deep):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(CheckpointError) as raised:
+            read_yaml(tmp_path / "x.yaml", tmp_path)
+        assert len(str(raised.value)) < 500 and "\n" not in str(raised.value)
 
 
 def test_the_presets_are_the_published_files() -> None:
