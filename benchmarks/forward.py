@@ -91,20 +91,7 @@ def authors_model(upstream: Path, config: DiTDHConfig) -> nn.Module:
         from stage2.models.DDT import DiTwDDTHead  # type: ignore[import-not-found]
     except ImportError as error:
         sys.exit(f"forward: {upstream} is no clone of bytetriper/RAE that can run: {error}")
-    model = DiTwDDTHead(
-        input_size=config.latent_size,
-        in_channels=config.latent_channels,
-        hidden_size=[config.hidden_size, config.head_hidden_size],
-        depth=[config.depth, config.head_depth],
-        num_heads=[config.num_heads, config.head_num_heads],
-        mlp_ratio=config.mlp_ratio,
-        class_dropout_prob=config.class_dropout_prob,
-        num_classes=config.num_classes,
-        use_qknorm=config.use_qknorm,
-        use_swiglu=config.use_swiglu,
-        use_rmsnorm=config.use_rmsnorm,
-        use_pos_embed=config.use_pos_embed,
-    )
+    model = DiTwDDTHead(**config.to_published())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

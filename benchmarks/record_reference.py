@@ -39,30 +39,12 @@ SCALE = 1.5
 NUM_STEPS = 6
 
 
-def published_arguments(config: DiTDHConfig) -> dict[str, Any]:
-    """What the authors' `DiTwDDTHead` is constructed with: `DiTDHConfig.from_published` undone."""
-    return {
-        "input_size": config.latent_size,
-        "in_channels": config.latent_channels,
-        "hidden_size": [config.hidden_size, config.head_hidden_size],
-        "depth": [config.depth, config.head_depth],
-        "num_heads": [config.num_heads, config.head_num_heads],
-        "num_classes": config.num_classes,
-        "mlp_ratio": config.mlp_ratio,
-        "class_dropout_prob": config.class_dropout_prob,
-        "use_qknorm": config.use_qknorm,
-        "use_rmsnorm": config.use_rmsnorm,
-        "use_swiglu": config.use_swiglu,
-        "use_pos_embed": config.use_pos_embed,
-    }
-
-
 def load_fp32(path: Path) -> dict[str, Tensor]:
     return {key: value.float() for key, value in read_tensors(path).items()}
 
 
 def published_dit_dh(config: DiTDHConfig, path: Path) -> Any:  # noqa: ANN401
-    model = import_module("stage2.models.DDT").DiTwDDTHead(**published_arguments(config))
+    model = import_module("stage2.models.DDT").DiTwDDTHead(**config.to_published())
     model.load_state_dict(load_fp32(path), assign=True)
     return model.eval()
 

@@ -64,6 +64,14 @@ class Checkpoint:
         object.__setattr__(self, "num_parameters", counts)
 
 
+def networks(config: AutoencoderConfig) -> dict[str, str]:
+    """The networks of a folder, and their files."""
+    if not isinstance(config, CheckpointConfig):
+        return {"decoder": DECODER_FILE}
+    guide = {"guide": GUIDE_FILE} if config.guide else {}
+    return {"dit_dh": DIT_DH_FILE, **guide, "decoder": DECODER_FILE}
+
+
 def read_config(folder: Path) -> tuple[CheckpointConfig, str]:
     """The configuration of a checkpoint folder and its sha256. Raises CheckpointError."""
     config, sha256 = read_any_config(folder)

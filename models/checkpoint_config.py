@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from types import NoneType
@@ -14,6 +15,8 @@ from rae.models.sampling import Guidance
 
 FORMAT_VERSION = 2  # 2: fingerprints, folders without a DiT^DH, an encoder's name
 MAX_CFG = 100
+
+FILE_NAME = re.compile(r"(encoder/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 OBJECT, OPTIONAL, ARRAY, STRING = (dict,), (dict, NoneType), (list,), (str,)
 JSON_NAMES = {OBJECT: "an object", OPTIONAL: "an object or null", ARRAY: "a list", STRING: "text"}
@@ -63,6 +66,9 @@ class AutoencoderConfig:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in self.sha256:
+            if not FILE_NAME.fullmatch(name):
+                raise ValueError(f"sha256 of {name!r}, which is no file of a checkpoint folder")
         if len(self.image_mean) != 3 or not all(map(is_number, self.image_mean)):
             raise ValueError(f"image_mean {self.image_mean} is not 3 numbers")
         if len(self.image_std) != 3 or not all(is_number(x) and x > 0 for x in self.image_std):

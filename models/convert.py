@@ -7,13 +7,15 @@ file and little more.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +71,9 @@ def convert(
     for file in published.files:
         if file.suffix == ".pt" and not is_mappable(file):
             notify(f"{file} is of a format that cannot be mapped: it is read into memory whole")
-    with staging(out) as folder:
+    if encoder is not None:
+        require_transformers_folder(encoder)
+    with staging(out) as folder, named(folder, out):
         notify("RAE decoder and statistics")
         config = _write_rae(published, folder, DTYPES[dtype])
         for network, name in ((published.dit_dh, DIT_DH_FILE), (published.guide, GUIDE_FILE)):
@@ -95,7 +99,7 @@ def staging(out: Path) -> Iterator[Path]:
     It lies beside `out`, or in it where that exists, which may be a mounted volume or a link.
     Raises CheckpointError where `out` exists and is not an empty folder.
     """
-    out = out.absolute()
+    out = Path(os.path.abspath(out))
     exists = out.exists()
     if exists and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists and is not an empty folder")
@@ -113,6 +117,15 @@ def staging(out: Path) -> Iterator[Path]:
             folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def named(folder: Path, out: Path) -> Iterator[None]:
+    """Errors name the folder that was asked for, not the one that is gone by then."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(str(folder), str(out))) from error
 
 
 def stored_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -207,10 +220,9 @@ def _with_dit_dh(
     if classes is None:
         is_imagenet = count == NUM_IMAGENET_CLASSES
         classes = imagenet_classes() if is_imagenet else [f"class {i}" for i in range(count)]
-    values: dict[str, Any] = {key: getattr(config, key) for key in config.__dataclass_fields__}
     try:
         return CheckpointConfig(
-            **values,
+            **vars(config),
             dit_dh=dit_dh.config,
             guide=published.guide.config if published.guide else None,
             classes=tuple(classes),
@@ -221,10 +233,19 @@ def _with_dit_dh(
         raise CheckpointError(str(error)) from error
 
 
+def require_transformers_folder(folder: Path) -> None:
+    """Before gigabytes are written. Raises CheckpointError."""
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder} is no transformers folder: config.json and *.safetensors are wanted"
+        )
+    if find_spec("transformers") is None:
+        raise CheckpointError("encoders need transformers: pip install 'rae-server[train]'")
+
+
 def _copy_encoder(source: Path, folder: Path) -> None:
-    files = [file for pattern in ENCODER_FILES for file in sorted(source.glob(pattern))]
-    if not files:
-        raise CheckpointError(f"{source} is no transformers folder: no config.json, no safetensors")
-    folder.mkdir(exist_ok=True)
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
+    shutil.rmtree(folder, ignore_errors=True)  # diffusers' own
+    folder.mkdir()
+    for pattern in ENCODER_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from torch import Tensor
 
 from rae.models.checkpoint import (
     DECODER_FILE,
-    DIT_DH_FILE,
-    GUIDE_FILE,
     STATISTICS,
+    networks,
     read_any_config,
 )
 from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
@@ -21,25 +21,28 @@ from rae.models.config import DiTDHConfig
 from rae.models.convert import staging
 from rae.models.published import NORMALISATION
 from rae.models.published_yaml import ENCODER_CLASSES
-from rae.models.sampling import SHIFT_BASE, default_shift
+from rae.models.sampling import SHIFT_BASE
 from rae.models.tensor_files import CheckpointError, read_tensors
 
 WEIGHTS = {"dit_dh": "dit_dh/stage2_model.pt", "guide": "guide/stage2_model.pt"}
 DECODER, STATS, YAML = "decoder/model.pt", "stat.pt", "config.yaml"
+CLASSES = "classes.txt"
 
 
-def export(folder: Path, out: Path) -> list[str]:
+def export(folder: Path, out: Path, notify: Callable[[str], None] = lambda _: None) -> list[str]:
     """Write the authors' layout into the new folder `out`; returns the names of the files.
 
     Flat fp32 state dicts, `stat.pt`, the decoder's config.json, and config.yaml with paths
-    relative to `out`, where the authors' format can say what the checkpoint is. Raises
-    CheckpointError.
+    relative to `out`, where the authors' format can say what the checkpoint is; classes.txt is
+    for `rae convert --classes`. Raises CheckpointError.
     """
     config, _ = read_any_config(folder)
+    reason = inexpressible(config)
+    if reason:
+        notify(f"No {YAML} is written: {reason}")
     with staging(out) as staged:
-        for name in ("dit_dh", "guide"):
-            if getattr(config, name, None) is not None:
-                file = DIT_DH_FILE if name == "dit_dh" else GUIDE_FILE
+        for name, file in networks(config).items():
+            if name in WEIGHTS:
                 _save(_fp32(folder / file), staged / WEIGHTS[name])
         tensors = _fp32(folder / DECODER_FILE)
         statistics = {key: tensors.pop(key) for key in STATISTICS if key in tensors}
@@ -49,12 +52,23 @@ def export(folder: Path, out: Path) -> list[str]:
         decoder = json.dumps(_decoder_json(config), indent=1) + "\n"
         (staged / "decoder" / "config.json").write_text(decoder)
         eps = float(str(statistics["eps"].numpy()))  # 1e-5, not its fp32's 9.999999747e-06
-        if config.encoder and NORMALISATION[config.encoder.kind] == (
-            config.image_mean,
-            config.image_std,
-        ):
+        if not reason:
             (staged / YAML).write_text(_yaml(config, eps))
+        if isinstance(config, CheckpointConfig):
+            (staged / CLASSES).write_text("".join(f"{name}\n" for name in config.classes))
         return sorted(str(p.relative_to(staged)) for p in staged.rglob("*") if p.is_file())
+
+
+def inexpressible(config: AutoencoderConfig) -> str | None:
+    """Why the authors' YAML cannot say what a checkpoint is, or None."""
+    encoder = config.encoder
+    if encoder is None or not encoder.name:
+        return "it names the encoder's weights, config.json does not"
+    if (config.image_mean, config.image_std) != NORMALISATION[encoder.kind]:
+        return f"its pixels are normalised as {encoder.kind} wants them, these are not"
+    if isinstance(config, CheckpointConfig) and config.shift < 1:
+        return f"its shift is 1 or more, this one is {config.shift}"
+    return None
 
 
 def _fp32(path: Path) -> dict[str, Tensor]:
@@ -131,9 +145,6 @@ def _stage_2(config: CheckpointConfig) -> dict[str, Any]:
     if config.guide is not None:
         guidance["guidance_model"] = _network(config.guide, WEIGHTS["guide"])
     shape = config.dit_dh.latent_shape
-    dim = config.shift**2 * SHIFT_BASE
-    if config.shift == default_shift(shape):
-        dim = shape[0] * shape[1] * shape[2]
     return {
         "stage_2": _network(config.dit_dh, WEIGHTS["dit_dh"]),
         "transport": {"params": {"path_type": "Linear", "prediction": "velocity"}},
@@ -145,7 +156,7 @@ def _stage_2(config: CheckpointConfig) -> dict[str, Any]:
         "misc": {
             "latent_size": list(shape),
             "num_classes": config.dit_dh.num_classes,
-            "time_dist_shift_dim": dim,
+            "time_dist_shift_dim": config.shift**2 * SHIFT_BASE,
             "time_dist_shift_base": SHIFT_BASE,
         },
     }

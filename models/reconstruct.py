@@ -79,13 +79,17 @@ def reconstruct(rae: RAE, picture: np.ndarray) -> np.ndarray:
 
     Raises ValueError where no encoder is loaded, and for pixels that are not finite.
     """
-    images = torch.tensor(picture).permute(2, 0, 1)[None].float() / 255
     with torch.inference_mode():
-        images = rae.decode(rae.encode(images))
+        images = rae.decode(rae.encode(as_images(picture)))
     if not images.isfinite().all():
         count = int((~images.isfinite()).sum())
         raise ValueError(f"{count} of {images.numel()} reconstructed values are not finite")
     return to_uint8(images)[0].permute(1, 2, 0).numpy()
+
+
+def as_images(picture: np.ndarray) -> torch.Tensor:
+    """A picture (S, S, 3) uint8 as images (1, 3, S, S) in [0, 1]."""
+    return torch.tensor(picture).permute(2, 0, 1)[None].float() / 255
 
 
 def psnr_db(picture: np.ndarray, reference: np.ndarray) -> float:

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from rae.models.checkpoint import (
     DECODER_FILE,
-    DIT_DH_FILE,
-    GUIDE_FILE,
     attach_encoder,
     load_dit_dh,
     load_rae,
+    networks,
     read_any_config,
     write_config,
 )
@@ -31,7 +30,7 @@ from rae.models.config import is_number
 from rae.models.dit_dh import DiTDH
 from rae.models.parity import FORWARD_BOUND, Result, compare_decoder, compare_dit_dh, relative_error
 from rae.models.rae import RAE
-from rae.models.reconstruct import drawn_picture, psnr_db, read_picture, reconstruct
+from rae.models.reconstruct import as_images, drawn_picture, psnr_db, read_picture, reconstruct
 from rae.models.sampling import draw_noise
 from rae.models.tensor_files import SAFETENSORS_NAMES, CheckpointError, file_problem, read_tensors
 
@@ -57,18 +56,14 @@ class Check(NamedTuple):
     detail: str
 
 
-def networks(config: AutoencoderConfig) -> dict[str, str]:
-    """The networks of a folder, and their files."""
-    if not isinstance(config, CheckpointConfig):
-        return {"decoder": DECODER_FILE}
-    guide = {"guide": GUIDE_FILE} if config.guide else {}
-    return {"dit_dh": DIT_DH_FILE, **guide, "decoder": DECODER_FILE}
-
-
 def load_network(
     folder: Path, config: AutoencoderConfig, name: str, *, keep_bf16: bool
 ) -> DiTDH | RAE:
-    """One of `networks`. Raises CheckpointError."""
+    """One of `networks`, or "encoder": the RAE with it, in fp32. Raises CheckpointError."""
+    if name == "encoder":
+        rae = load_rae(config, folder / DECODER_FILE)
+        attach_encoder(rae, config, folder)
+        return rae
     path = folder / networks(config)[name]
     if name == "decoder":
         return load_rae(config, path, keep_bf16=keep_bf16)
@@ -87,10 +82,10 @@ def record_fingerprints(folder: Path) -> AutoencoderConfig:
 def fingerprints(folder: Path, config: AutoencoderConfig) -> dict[str, dict[str, Any]]:
     """A record of each network, one loaded at a time. Raises CheckpointError."""
     found = {}
-    for name in networks(config):
+    for name in (*networks(config), *["encoder"] * config.has_encoder):
         found[name] = fingerprint(load_network(folder, config, name, keep_bf16=True))
         if not math.isfinite(found[name]["norm"]):
-            raise CheckpointError(f"{folder / networks(config)[name]}: its output is not finite")
+            raise CheckpointError(f"{folder}: the output of {name} is not finite")
     return found
 
 
@@ -114,7 +109,10 @@ def fingerprint(network: DiTDH | RAE) -> dict[str, Any]:
 def _fixed_outputs(network: DiTDH | RAE) -> Iterator[Tensor]:
     """One image at a time: a step of the published XL model in memory with its 3.4 GB mapped."""
     if isinstance(network, RAE):
-        yield network.decode(draw_noise(network.latents_var.shape, [SEED]))
+        if network.encoder is not None:
+            yield network.encode_raw(as_images(drawn_picture(network.decoder.config.image_size)))
+        else:
+            yield network.decode(draw_noise(network.latents_var.shape, [SEED]))
         return
     config = network.config
     latents, t = draw_noise(config.latent_shape, [SEED]), torch.tensor([TIME])
@@ -241,6 +239,7 @@ def check_encoder(folder: Path, config: AutoencoderConfig, image: Path | None) -
         picture = read_picture(image, size) if image else drawn_picture(size)
         rae = load_rae(config, folder / DECODER_FILE)
         attach_encoder(rae, config, folder)
+        yield check_fingerprint("encoder", rae, config.fingerprints.get("encoder"))
         psnr = psnr_db(reconstruct(rae, picture), picture)
     except ImportError as error:
         yield Check("reconstruction", None, str(error))

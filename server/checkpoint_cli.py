@@ -53,7 +53,7 @@ def export(
     from rae.models.export import export as write
 
     try:
-        files = write(find_folder(checkpoint), out)
+        files = write(find_folder(checkpoint), out, typer.echo)
     except (ValueError, OSError) as error:
         fail(str(error))
     typer.echo(f"Wrote {', '.join(files)} to {out}")

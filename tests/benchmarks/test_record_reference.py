@@ -37,7 +37,7 @@ def test_the_authors_model_gets_every_option(recorder: ModuleType) -> None:
         use_pos_embed=False,
     )
     for config in (*CONFIGS.values(), odd):
-        arguments = recorder.published_arguments(config)
+        arguments = config.to_published()
         assert DiTDHConfig.from_published(arguments) == config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from rae.models.convert import convert
 from rae.models.dit_dh import DiTDH
 from rae.models.export import export
 from rae.models.labels import imagenet_classes
+from rae.models.published import Published
 from rae.models.published_yaml import read_yaml
 from rae.models.sampling import Guidance, denoise, draw_noise, timesteps
 from rae.models.tensor_files import CheckpointError, read_tensors
@@ -260,6 +262,49 @@ def test_class_names(authors_folder: AuthorsFolder, tmp_path: Path) -> None:
     assert read_config(tmp_path / "imagenet")[0].classes == imagenet_classes()
 
 
+def test_a_link_to_an_empty_folder_can_be_converted_into(
+    authors_folder: AuthorsFolder, tmp_path: Path
+) -> None:
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "out").symlink_to("volume")
+    convert(authors_folder.published(), tmp_path / "out")
+    load_checkpoint(tmp_path / "volume")
+    assert not list((tmp_path / "volume").glob(".*"))
+
+
+def test_two_conversions_into_one_folder_do_not_mix(
+    authors_folder: AuthorsFolder, tmp_path: Path
+) -> None:
+    published = [authors_folder.published()]
+    authors_folder.edit("guidance", {"method": "cfg", "scale": 1.0})
+    published.append(authors_folder.published())
+    done: list[bool] = []
+
+    def run(model: Published) -> None:
+        try:
+            convert(model, tmp_path / "out")
+            done.append(model.guide is not None)
+        except (CheckpointError, OSError):
+            pass
+
+    threads = [threading.Thread(target=run, args=(model,)) for model in published]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 1
+    assert (load_checkpoint(tmp_path / "out").guide is not None) == done[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["authors", "out"]
+
+
+def test_a_name_that_comes_twice_is_refused(authors_folder: AuthorsFolder, tmp_path: Path) -> None:
+    authors_folder.edit_weights(
+        DIT_DH, lambda t: t.update({"module.pos_embed": torch.zeros_like(t["pos_embed"])})
+    )
+    with pytest.raises(CheckpointError, match="holds some names twice"):
+        convert(authors_folder.published(), tmp_path / "out")
+
+
 class Executes:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -317,6 +362,8 @@ def rename(tensors: dict[str, Tensor]) -> None:
         ("stat.pt", lambda t: t.update(var=torch.ones(7)), r"latents_var is \[7\], expected \[24"),
         ("stat.pt", lambda t: t.update(var=-t["var"]), "smallest variance, -.*, is not positive"),
         ("stat.pt", lambda t: t.update(var="x"), "should hold latent statistics"),
+        ("stat.pt", lambda t: t.update(var=t["var"].to_sparse()), "latents_var is not a plain"),
+        ("stat.pt", lambda t: t.update(var=t["var"].to("meta")), "latents_var is not a plain"),
         (DIT_DH, lambda t: t.update(step=3), "'step' is int, where only tensors are expected"),
         (DIT_DH, lambda t: t.clear(), "should hold a DiT\\^DH; it holds neither"),
         (

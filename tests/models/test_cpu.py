@@ -14,7 +14,7 @@ from rae.models import cpu
 from rae.models.config import DiTDHConfig
 from rae.models.cpu import PackedAttention, PackedLinear, PackedSwiGLU, can_pack, pack
 from rae.models.dit_dh import DiTDH
-from rae.models.layers import Attention, RotaryEmbedding, SwiGLU
+from rae.models.layers import Attention, Linear, RotaryEmbedding, SwiGLU
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this CPU or torch has no packed linear")
 
@@ -135,3 +135,10 @@ def test_model_is_the_plain_one(config: DiTDHConfig) -> None:
         assert error(models[torch.float32](*inputs), exact) < 1e-5
         with torch.autocast("cpu", torch.bfloat16):
             assert error(models[torch.bfloat16](*inputs), exact) < bound(plain(*inputs), exact)
+
+
+def test_a_model_is_packed_in_one_precision_only() -> None:
+    model = nn.Sequential(Linear(16, 16))
+    pack(model, torch.bfloat16)
+    with pytest.raises(AssertionError, match="packed already"):
+        pack(model, torch.float32)

@@ -111,6 +111,9 @@ def test_the_encoder_comes_along(
         ("scaling_factor", 0.5, "scaling_factor 0.5 is not supported: only 1.0 is"),
         ("reshape_to_2d", False, "reshape_to_2d False is not supported"),
         ("encoder_type", "clip", "encoder_type 'clip'; known: dinov2"),
+        ("encoder_patch_size", 0, "encoder_patch_size 0 is not an integer from 1"),
+        ("decoder_hidden_size", 2**40, "decoder_hidden_size 1099511627776 is not an integer"),
+        ("decoder_hidden_size", 66, "decoder_hidden_size 66 is not 4"),
         ("decoder_num_hidden_layers", 3, r"16 missing: decoder_layers\.2\.attention"),
         ("decoder_hidden_size", None, "'decoder_hidden_size'"),
     ],
@@ -141,6 +144,14 @@ def test_a_tensor_that_is_absent_or_broken_is_one_line(tmp_path: Path) -> None:
         ("encoder.embeddings.cls_token", "cls_token"),
     ):
         save_file({k: v for k, v in tensors.items() if k != key}, path)
+        with pytest.raises(CheckpointError, match=message):
+            convert(published(tmp_path / "diffusers"), tmp_path / "out")
+    for change, message in (
+        (lambda value: value.half(), "torch.float16, not torch.float32"),
+        (lambda value: value.long(), "1 missing|missing_keys"),
+    ):
+        key = "encoder.embeddings.cls_token"
+        save_file({k: change(v) if k == key else v for k, v in tensors.items()}, path)
         with pytest.raises(CheckpointError, match=message):
             convert(published(tmp_path / "diffusers"), tmp_path / "out")
     path.write_bytes(path.read_bytes()[:1000])

@@ -253,7 +253,7 @@ def test_a_damaged_record_fails(folder: Path, recorded: object) -> None:
 def test_what_is_not_finite_is_not_recorded(folder: Path) -> None:
     edit_tensors(folder, "dit_dh.safetensors", spoil)
     before = (folder / "config.json").read_bytes()
-    with pytest.raises(CheckpointError, match=r"dit_dh\.safetensors: its output is not finite"):
+    with pytest.raises(CheckpointError, match=r"the output of dit_dh is not finite"):
         record_fingerprints(folder)
     assert (folder / "config.json").read_bytes() == before
 
@@ -308,6 +308,19 @@ def test_the_embedded_model_passes_with_its_encoder(tmp_path: Path) -> None:
     found = failures(folder)
     assert "embeddings.cls_token: 96 of 96" in found["encoder/model.safetensors values"]
     assert "are not finite" in found["reconstruction"]
+    assert "encoder fingerprint" in found
+    for name, damage in {
+        "encoder.layer.0.output.dense.weight": lambda weight: weight.zero_(),
+        "embeddings.position_embeddings": lambda table: table.copy_(table.flip(1)),
+    }.items():
+        shutil.rmtree(folder)
+        shutil.copytree(DIGITS, folder)
+        edit_tensors(
+            folder,
+            "encoder/model.safetensors",
+            lambda tensors, name=name, damage=damage: damage(tensors[name]),
+        )
+        assert failures(folder).keys() == {"encoder fingerprint"}, name
     (folder / "encoder" / "model.safetensors").write_bytes(b"x" * 99)
     found = failures(folder)
     assert {"encoder/model.safetensors values", "reconstruction"} <= found.keys()

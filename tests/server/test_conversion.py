@@ -82,7 +82,11 @@ def test_a_checkpoint_that_the_authors_format_cannot_say_has_no_yaml(tmp_path: P
     # The embedded model's pixels are normalised otherwise than the authors' MAE wants them.
     result = rae("export", embedded_model(), "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "stat.pt" in result.output and "config.yaml" not in result.output
+    assert "stat.pt" in result.output and "classes.txt" in result.output
+    assert "No config.yaml is written: it names the encoder's weights" in result.output
+    assert not (tmp_path / "out" / "config.yaml").exists()
+    names = (tmp_path / "out" / "classes.txt").read_text().split()
+    assert names == list(load_checkpoint(embedded_model()).config.classes)
 
 
 @pytest.mark.parametrize(
