@@ -107,7 +107,7 @@ def load_checkpoint(
     unexpected, misshapen or unreadable, or names a file whose sha256 is not the recorded one.
     """
     config, sha256 = read_config(folder)
-    with _checked(config, folder, with_encoder=with_encoder):
+    with checked(config, folder, with_encoder=with_encoder):
         load = partial(load_dit_dh, keep_bf16=keep_bf16)
         dit_dh = load(config.dit_dh, folder / DIT_DH_FILE)
         guide = load(config.guide, folder / GUIDE_FILE) if config.guide else None
@@ -123,7 +123,7 @@ def load_autoencoder(folder: Path, encoder: Path | None = None) -> tuple[Autoenc
     config, _ = read_any_config(folder)
     names = [name for name in config.sha256 if name == DECODER_FILE or name.startswith("encoder/")]
     config = replace(config, sha256={name: config.sha256[name] for name in names})
-    with _checked(config, folder, with_encoder=encoder is None):
+    with checked(config, folder, with_encoder=encoder is None):
         rae = load_rae(config, folder / DECODER_FILE)
     attach_encoder(rae, config, folder, encoder)
     return config, rae
@@ -228,7 +228,7 @@ def load_rae(config: AutoencoderConfig, path: Path, *, keep_bf16: bool = False) 
 
 
 @contextmanager
-def _checked(config: AutoencoderConfig, folder: Path, *, with_encoder: bool) -> Iterator[None]:
+def checked(config: AutoencoderConfig, folder: Path, *, with_encoder: bool) -> Iterator[None]:
     """Hash the files beside what is done meanwhile; raises CheckpointError at the end.
 
     An image names its checkpoint by these hashes: other weights may not pass for it.

@@ -82,13 +82,16 @@ class DiTDHConfig:
         Raises ValueError for an unknown argument and for the options that cannot run there.
         """
         params = dict(params)
+        known = {*_S.to_published(), "use_rope", "wo_shift"}
+        unknown = [key for key in params if key not in known]
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
         patch_size = params.pop("patch_size", 1)
         if patch_size not in (1, [1, 1], (1, 1)):
             raise ValueError(f"patch_size {patch_size!r} is not supported: only 1 is")
-        if params.pop("wo_shift", False):
-            raise ValueError("wo_shift True is not supported: only False is")
-        if not params.pop("use_rope", True):
-            raise ValueError("use_rope False is not supported: only True is")
+        for key, only in (("wo_shift", False), ("use_rope", True)):
+            if (value := params.pop(key, only)) is not only:
+                raise ValueError(f"{key} {value!r} is not supported: only {only} is")
         heads = params.pop("num_heads", [16, 16])
         pairs = {
             "num_heads": [heads, heads] if isinstance(heads, int) else heads,

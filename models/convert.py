@@ -7,9 +7,7 @@ file and little more.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,8 +31,9 @@ from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
 from rae.models.decoder import Decoder
 from rae.models.dit_dh import DiTDH
 from rae.models.labels import imagenet_classes
-from rae.models.pickled import is_mappable, read_state_dict
+from rae.models.pickled import is_legacy, read_state_dict
 from rae.models.published import Network, Published, RAEWeights
+from rae.models.staging import staging
 from rae.models.tensor_files import (
     CheckpointError,
     file_sha256,
@@ -67,10 +66,16 @@ def convert(
     """
     missing = [str(file) for file in published.files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"missing: {', '.join(missing)}")
+        raise CheckpointError(f"missing: {', '.join(missing)} (--root says where they lie)")
+    networks = [network for network in (published.dit_dh, published.guide) if network]
     for file in published.files:
-        if file.suffix == ".pt" and not is_mappable(file):
+        if is_legacy(file):
             notify(f"{file} is of a format that cannot be mapped: it is read into memory whole")
+    if published.dit_dh and classes is not None:
+        require_names(classes, published.dit_dh.config.num_classes)
+    for network in networks:
+        if not is_legacy(network.file):
+            _read_network(network)
     if encoder is not None:
         require_transformers_folder(encoder)
     with staging(out) as folder, named(folder, out):
@@ -78,7 +83,7 @@ def convert(
         config = _write_rae(published, folder, DTYPES[dtype])
         for network, name in ((published.dit_dh, DIT_DH_FILE), (published.guide, GUIDE_FILE)):
             if network is not None:
-                notify(f"{name.removesuffix('.safetensors')} of {network.file.name}")
+                notify(f"{name.removesuffix('.safetensors')}: {'/'.join(network.file.parts[-2:])}")
                 sha256 = _write_network(network, folder / name, DTYPES[dtype])
                 config = replace(config, sha256={**config.sha256, name: sha256})
         if published.dit_dh is not None:
@@ -90,33 +95,6 @@ def convert(
             attach_encoder(load_rae(config, folder / DECODER_FILE), config, folder)
         notify("Fingerprints: one evaluation of each network")
         return record_fingerprints(folder)
-
-
-@contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """A new folder that becomes `out` at the end, or is removed after an error.
-
-    It lies beside `out`, or in it where that exists, which may be a mounted volume or a link.
-    Raises CheckpointError where `out` exists and is not an empty folder.
-    """
-    out = Path(os.path.abspath(out))
-    exists = out.exists()
-    if exists and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not an empty folder")
-    parent = out if exists else out.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: another process may be at the same work.
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=parent))
-    folder.chmod(0o755)
-    try:
-        yield folder
-        if exists:
-            for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
-                path.rename(out / path.name)  # config.json last: it makes a checkpoint of a folder
-        else:
-            folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -135,14 +113,26 @@ def stored_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype
     return {name: dtype if name in matmuls else torch.float32 for name in model.state_dict()}
 
 
-def _write_network(network: Network, path: Path, dtype: torch.dtype) -> str:
+def require_names(classes: Sequence[str], count: int) -> None:
+    if len(classes) != count:
+        raise CheckpointError(f"{len(classes)} class names for num_classes {count}")
+
+
+def _read_network(network: Network) -> tuple[DiTDH, dict[str, Tensor]]:
+    """The model on the meta device and its tensors, mapped. Raises CheckpointError."""
     with torch.device("meta"):
         model = DiTDH(network.config)
     tensors = read_state_dict(network.file, "a DiT^DH")
-    return _write_checked(model, tensors, network.file, path, dtype)
+    require_match(model.state_dict(), tensors, network.file)
+    return model, tensors
 
 
-def _write_checked(
+def _write_network(network: Network, path: Path, dtype: torch.dtype) -> str:
+    model, tensors = _read_network(network)
+    return _write_tensors(model, tensors, network.file, path, dtype)
+
+
+def _write_tensors(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     source: Path,
@@ -150,7 +140,6 @@ def _write_checked(
     dtype: torch.dtype,
     statistics: Mapping[str, Tensor] | None = None,
 ) -> str:
-    require_match(model.state_dict(), tensors, source)
     statistics = statistics or {}
     dtypes = stored_dtypes(model, dtype) | dict.fromkeys(statistics, torch.float32)
     try:
@@ -166,7 +155,8 @@ def _write_rae(published: Published, folder: Path, dtype: torch.dtype) -> Autoen
     with torch.device("meta"):
         decoder = Decoder(weights.decoder)
     tensors = {key: value for key, value in weights.tensors.items() if key not in STATISTICS}
-    sha256 = _write_checked(decoder, tensors, source, folder / DECODER_FILE, dtype, statistics)
+    require_match(decoder.state_dict(), tensors, source)
+    sha256 = _write_tensors(decoder, tensors, source, folder / DECODER_FILE, dtype, statistics)
     if weights.encoder_tensors:
         (folder / "encoder").mkdir()
         write_tensors(folder / "encoder" / "model.safetensors", weights.encoder_tensors)

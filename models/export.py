@@ -13,15 +13,16 @@ from torch import Tensor
 from rae.models.checkpoint import (
     DECODER_FILE,
     STATISTICS,
+    checked,
     networks,
     read_any_config,
 )
 from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
 from rae.models.config import DiTDHConfig
-from rae.models.convert import staging
 from rae.models.published import NORMALISATION
 from rae.models.published_yaml import ENCODER_CLASSES
 from rae.models.sampling import SHIFT_BASE
+from rae.models.staging import staging
 from rae.models.tensor_files import CheckpointError, read_tensors
 
 WEIGHTS = {"dit_dh": "dit_dh/stage2_model.pt", "guide": "guide/stage2_model.pt"}
@@ -40,7 +41,7 @@ def export(folder: Path, out: Path, notify: Callable[[str], None] = lambda _: No
     reason = inexpressible(config)
     if reason:
         notify(f"No {YAML} is written: {reason}")
-    with staging(out) as staged:
+    with staging(out) as staged, checked(config, folder, with_encoder=False):
         for name, file in networks(config).items():
             if name in WEIGHTS:
                 _save(_fp32(folder / file), staged / WEIGHTS[name])

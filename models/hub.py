@@ -23,7 +23,7 @@ def preset(name: str) -> Published:
     return PRESETS[name]
 
 
-def below(published: Published, root: Path, repository: str = HUB_REPOSITORY) -> Published:
+def below(published: Published, root: Path, repository: str | None = None) -> Published:
     """The preset's files under `root`: the hub repository's folder, or one that holds it as
     `models`, as the authors' README has it."""
     if not (root / published.files[0]).exists() and (root / "models" / published.files[0]).exists():
@@ -32,8 +32,8 @@ def below(published: Published, root: Path, repository: str = HUB_REPOSITORY) ->
     assert isinstance(autoencoder, Autoencoder) and autoencoder.statistics_file
     return replace(
         published,
-        source=f"hub {repository}",
-        license=f"see https://huggingface.co/{repository}",
+        source=f"hub {repository}" if repository else f"files named as those of {HUB_REPOSITORY}",
+        license=f"see https://huggingface.co/{repository or HUB_REPOSITORY}",
         autoencoder=replace(
             autoencoder,
             decoder_file=root / autoencoder.decoder_file,
@@ -69,6 +69,11 @@ def local_folder(model: str, notify: Callable[[str], None]) -> Path:
     """The checkpoint folder of `--model`: a path, or REPOSITORY:PRESET, which is downloaded and
     converted into the user's cache the first time. Raises CheckpointError."""
     match = HUB_NAME.fullmatch(model)
+    if match is None and not Path(model).exists():
+        raise CheckpointError(
+            f"{model} is not a checkpoint folder: it does not exist. A published model is "
+            f"{HUB_REPOSITORY}:PRESET, with one of {', '.join(PRESETS)}"
+        )
     if match is None or Path(model).exists():
         return Path(model)
     published = preset(match["preset"])

@@ -16,6 +16,7 @@ from torch import Tensor
 from rae.models.tensor_files import CheckpointError, read_tensors
 
 GIT_LFS = b"version https://git-lfs"
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 KINDS = {  # a tensor that tells what a file holds
     "x_embedder.proj.weight": "a DiT^DH",
@@ -24,9 +25,10 @@ KINDS = {  # a tensor that tells what a file holds
 }
 
 
-def is_mappable(path: Path) -> bool:
-    """Whether a file can be memory-mapped; `torch.save`'s format before 1.6 cannot."""
-    return path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+def is_legacy(path: Path) -> bool:
+    """Whether a file is of `torch.save`'s format before 1.6, which cannot be memory-mapped."""
+    with path.open("rb") as file:
+        return file.read(len(LEGACY)) == LEGACY
 
 
 def read_state_dict(path: Path, kind: str) -> dict[str, Tensor]:
@@ -69,12 +71,16 @@ def read_pickled(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     with path.open("rb") as file:
-        if file.read(len(GIT_LFS)) == GIT_LFS:
-            raise CheckpointError(f"{path} is git-lfs' pointer to a file, not the file itself")
+        start = file.read(64)
+    if start.startswith(GIT_LFS):
+        raise CheckpointError(f"{path} is git-lfs' pointer to a file, not the file itself")
+    is_zip = zipfile.is_zipfile(path)
+    if not start or (start.startswith(b"PK") and not is_zip):
+        raise CheckpointError(f"{path} is {'truncated' if start else 'empty'}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols; what matters is raised
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mappable(path))
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is no file of tensors alone, and nothing of it was executed: {_reason(error)}"

@@ -177,7 +177,10 @@ def _decoder_params(path: Path) -> dict[str, Any]:
     try:
         values = Section(path.name, json.loads(path.read_text()))
     except OSError as error:
-        raise ValueError(f"{path}, the decoder's configuration, cannot be read") from error
+        raise ValueError(
+            f"{path}, the decoder's configuration, cannot be read; --root says what paths are "
+            "relative to"
+        ) from error
     for key, allowed in (("hidden_act", "gelu"), ("qkv_bias", True), ("num_channels", 3)):
         values.only(key, allowed, allowed)
     params = {key: values.take(key) for key in DECODER_FIELDS}

@@ -246,7 +246,8 @@ def check_encoder(folder: Path, config: AutoencoderConfig, image: Path | None) -
     except ValueError as error:
         yield Check("reconstruction", False, str(error))
     else:
-        detail = f"PSNR {psnr:.1f} dB" + (f": below {MIN_PSNR_DB} dB" if psnr < MIN_PSNR_DB else "")
+        of = image.name if image else "a drawn picture, perhaps unlike what it was trained on"
+        detail = f"PSNR {psnr:.1f} dB of {of}; at least {MIN_PSNR_DB} dB"
         yield Check("reconstruction", psnr >= MIN_PSNR_DB, detail)
 
 

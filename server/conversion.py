@@ -36,7 +36,9 @@ def published(settings: ConvertSettings) -> Published:
         model = read_yaml(settings.config, root)
     elif settings.preset is not None:
         model = hub.preset(settings.preset)
-        model = hub.below(model, hub.download(settings.preset) if settings.from_hub else root)
+        if settings.from_hub:
+            root = hub.download(settings.preset)
+        model = hub.below(model, root, hub.HUB_REPOSITORY if settings.from_hub else None)
     elif rae is not None:
         return Published(name=rae.name, autoencoder=DiffusersAutoencoder(rae))
     else:

@@ -167,12 +167,17 @@ class Engine:
                 self._fail(error, {sample.request for sample in self._stepping})
 
     def _warm_up(self) -> None:
-        """Run the largest batch, every row guided, so that what comes later fits and is fast."""
+        """Run the largest batch, every row guided, so that what comes later fits and is fast.
+
+        On a CPU one image: the first step there is as fast as the next, and 64 images of the
+        published XL model took 8 minutes.
+        """
         methods = self._runner.config.guidance_methods
         method = methods[0] if methods else "cfg"
         cfg = 2.0 if methods else 1.0
         spec = ImageSpec(class_label=0, seed=0, steps=3, cfg=cfg, guidance_method=method)
-        slots, costs = range(self._num_slots), self._runner.plan(spec).costs
+        slots = range(1 if self.device == "cpu" else self._num_slots)
+        costs = self._runner.plan(spec).costs
         for slot in slots:
             self._runner.start(slot, spec)
         for step in range(spec.num_evaluations):
@@ -180,7 +185,7 @@ class Engine:
                 return
             started = time.perf_counter()
             self._runner.step([(slot, step) for slot in slots])
-            cost = self._num_slots * (costs[step] - costs[step + 1])
+            cost = len(slots) * (costs[step] - costs[step + 1])
             self._rate = cost / (time.perf_counter() - started)
         self._runner.decode(slots)
         self.ready = True

@@ -58,7 +58,7 @@ class Limits:
         labels = closest(self.classes, name)
         if not labels or len(self.classes) <= LISTED_CLASSES:
             return self.allowed("class_name")
-        return f"closest are {shortlist(self.classes, labels)}; GET /classes lists all"
+        return f"a class; closest: {shortlist(self.classes, labels)}; GET /classes lists all"
 
     def bounds(self, field: str, n: int = 1) -> tuple[int, int]:
         """The closed range of a number of `n` images' request."""

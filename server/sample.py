@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from rae.models.checkpoint import Checkpoint, load_checkpoint, read_config
+from rae.models.staging import require_empty, staging
 from rae.server.command_settings import SampleSettings
 from rae.server.images import describe, encode
 from rae.server.job import Job
@@ -32,6 +33,7 @@ from rae.server.partial import (
     is_assembled,
     opened,
     read_json,
+    refuse_existing,
     report_path,
 )
 from rae.server.runner import NonFiniteError, Runner, resolve_device, resolve_precision
@@ -65,9 +67,12 @@ def run(settings: SampleSettings, say: Say) -> int:
         say(f"{settings.out} was complete; what was left of its making is removed")
         return 0
     shape = (job.num, config.decoder.image_size, config.decoder.image_size, 3)
+    if settings.png is not None:
+        require_empty(settings.png)
     try:
+        refuse_existing(settings.out)
+        checkpoint = load_checkpoint(folder, keep_bf16=True)
         with noted_signals() as signals, opened(settings.out, asdict(job), shape, say) as work:
-            checkpoint = load_checkpoint(folder, keep_bf16=True)
             runner = Runner(checkpoint, device, precision, settings.batch)
             fill(work, runner, job, settings, signals, say)
             if signals:
@@ -186,16 +191,16 @@ def is_output_of(out: Path, job: Job) -> bool:
 
 
 def write_pngs(folder: Path, images: np.ndarray, checkpoint: Checkpoint, job: Job) -> None:
-    """000000.png and so on, from images (N, H, W, 3) uint8."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """000000.png and so on, from images (N, H, W, 3) uint8; all of them or no folder."""
+    with staging(folder) as staged:
 
-    def write(index: int) -> None:
-        description = describe(job.spec(index), checkpoint, job.precision)
-        description |= {"solver": job.solver, "pixels": job.pixels}
-        (folder / f"{index:06}.png").write_bytes(encode(images[index], "png", description))
+        def write(index: int) -> None:
+            description = describe(job.spec(index), checkpoint, job.precision)
+            description |= {"solver": job.solver, "pixels": job.pixels}
+            (staged / f"{index:06}.png").write_bytes(encode(images[index], "png", description))
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(write, range(job.num)))
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(write, range(job.num)))
 
 
 @contextmanager

@@ -145,7 +145,8 @@ def test_a_model_is_downloaded_resumed_and_converted_once(
     wanted = {"DiTs/stage2_model.pt", "DiTs/guide.pt", "decoder/model.pt", "stat.pt"}
     assert {line.split()[1].partition(f"{COMMIT}/")[2] for line in gets} == wanted
     assert any(CUT_FILE in line and "bytes=" in line for line in gets)
-    load_checkpoint(home / "rae-server" / "someone--RAE-collections" / "tiny")
+    checkpoint = load_checkpoint(home / "rae-server" / "someone--RAE-collections" / "tiny")
+    assert checkpoint.config.source == f"hub {REPOSITORY}"
     seen.clear()
     again = rae(root, home, port, "classes", "--model", name)
     assert again.returncode == 0 and again.stdout.endswith(first.stdout[-20:])
@@ -184,6 +185,18 @@ def test_without_a_network_the_files_to_place_are_listed(
     assert "rae convert --preset DiTDH-XL-256 --root DIR --out FOLDER" in message
     for file in ("ImageNet256/DiTDH-XL/stage2_model.pt", "dinov2/wReg_base/imagenet1k/stat.pt"):
         assert file in message.replace(" ", "")
+
+
+def test_what_is_neither_a_folder_nor_a_name_is_said(
+    authors_folder: AuthorsFolder, tmp_path: Path
+) -> None:
+    for name in (REPOSITORY, "DiTDH-XL-256"):
+        result = rae(authors_folder.root, tmp_path, 1, "classes", "--model", name)
+        assert result.returncode == 1
+        message = " ".join(result.stderr.split())
+        assert (
+            "it does not exist. A published model is nyu-visionx/RAE-collections:PRESET" in message
+        )
 
 
 def test_an_unknown_preset_is_named(authors_folder: AuthorsFolder, tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def test_verify_lists_every_failure_and_exits_1(folder: Path) -> None:
 
 
 def test_verify_without_a_checkpoint(tmp_path: Path) -> None:
-    result = rae("verify", tmp_path / "nowhere")
+    assert "does not exist" in refused(rae("verify", tmp_path / "nowhere"))
+    result = rae("verify", tmp_path)
     assert refused(result) == "Error: 1 check failed\n"
     assert "no readable config.json" in result.stdout
 

@@ -89,12 +89,12 @@ def test_accepted(asked: dict[str, object], label: int) -> None:
         ),
         (
             {"class_name": "golden"},
-            'class_name is "golden"; allowed: closest are golden retriever (207); '
+            'class_name is "golden"; allowed: a class; closest: golden retriever (207); '
             "GET /classes lists all",
         ),
         (
             {"class_name": "golden retreiver"},
-            'class_name is "golden retreiver"; allowed: closest are golden retriever (207), '
+            'class_name is "golden retreiver"; allowed: a class; closest: golden retriever (207), '
             "Labrador retriever (208), Gordon setter (214); GET /classes lists all",
         ),
         (
@@ -210,7 +210,7 @@ def test_the_command_lists_a_checkpoints_classes(
             'no class matches "golden retreiver"; closest are golden retriever (207), '
             "Labrador retriever (208), Gordon setter (214)",
         ),
-        (["--model", "nowhere"], "nowhere is not a checkpoint folder: no readable config.json"),
+        (["--model", "tests"], "tests is not a checkpoint folder: no readable config.json"),
     ],
 )
 def test_the_command_says_that_nothing_matches(arguments: list[str], message: str) -> None:

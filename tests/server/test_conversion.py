@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,16 @@ def test_an_autoencoder_of_diffusers_takes_the_place_of_a_presets(tmp_path: Path
     model = published(settings)
     assert model.dit_dh == PRESETS["DiTDH-XL-256"].dit_dh and HUB_REPOSITORY in model.source
     assert model.autoencoder.files[0] == tmp_path / "ae" / "config.json"
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
+    data = bytearray((folder / "dit_dh.safetensors").read_bytes())
+    data[-9] ^= 1
+    (folder / "dit_dh.safetensors").write_bytes(data)
+    result = rae("export", folder, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and "has sha256" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_refuses_what_it_cannot_do(tmp_path: Path, tiny_checkpoint: Path) -> None:

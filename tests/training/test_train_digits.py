@@ -58,7 +58,7 @@ def test_the_folder_loads_and_says_how_it_was_made(trained: Path) -> None:
     assert set(config.notes["seconds"]) == {"encoder", "decoder", "dit_dh", "guide"}
     assert "Alpaydin" in config.source and "CC BY 4.0" in config.license
     assert {"encoder/config.json", "encoder/model.safetensors"} <= set(config.sha256)
-    assert set(config.fingerprints) == {"dit_dh", "guide", "decoder"}
+    assert set(config.fingerprints) == {"dit_dh", "guide", "decoder", "encoder"}
     assert [path.name for path in (trained / "samples").iterdir()] == ["000020.png"]
 
 
