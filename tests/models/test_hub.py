@@ -190,13 +190,12 @@ def test_without_a_network_the_files_to_place_are_listed(
 def test_what_is_neither_a_folder_nor_a_name_is_said(
     authors_folder: AuthorsFolder, tmp_path: Path
 ) -> None:
+    assert authors_folder.yaml.is_file()
     for name in (REPOSITORY, "DiTDH-XL-256"):
         result = rae(authors_folder.root, tmp_path, 1, "classes", "--model", name)
         assert result.returncode == 1
         message = " ".join(result.stderr.split())
-        assert (
-            "it does not exist. A published model is nyu-visionx/RAE-collections:PRESET" in message
-        )
+        assert "does not exist. A published model is nyu-visionx/RAE-collections:PRESET" in message
 
 
 def test_an_unknown_preset_is_named(authors_folder: AuthorsFolder, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,6 +134,32 @@ def test_what_is_no_configuration_is_one_line(tmp_path: Path, text: str) -> None
     assert "\n" not in str(raised.value)
     with pytest.raises(CheckpointError, match="No such file"):
         read_yaml(tmp_path / "y.yaml", tmp_path)
+
+
+def paths_of(node: object, path: str = "") -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{path}.{key}".lstrip(".")
+            yield from paths_of(value, f"{path}.{key}")
+
+
+WRONG: tuple[object, ...] = (None, [], {}, [1, [2], 3, 4], "x", -1, 0, 1e308, 10**400, True, "ü")
+
+
+def test_any_value_anywhere_is_read_or_one_line(authors_folder: AuthorsFolder) -> None:
+    original = copy.deepcopy(authors_folder.config)
+    paths = list(paths_of(original))
+    assert len(paths) > 60
+    refused = 0
+    for path, value in itertools.product(paths, WRONG):
+        authors_folder.config = copy.deepcopy(original)
+        authors_folder.edit(path, value)
+        try:
+            authors_folder.published()
+        except CheckpointError as error:
+            refused += 1
+            assert len(str(error)) < 600 and "\n" not in str(error), (path, value)
+    assert refused > 400
 
 
 def test_numbers_are_read_as_the_authors_loader_reads_them(

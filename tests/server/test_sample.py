@@ -467,6 +467,14 @@ def test_weights_that_are_not_finite_stop_it(tiny_checkpoint: Path, tmp_path: Pa
     assert not out.exists()
 
 
+def test_pictures_are_not_mixed_with_others(sample: Callable[..., Result], tmp_path: Path) -> None:
+    (tmp_path / "png").mkdir()
+    (tmp_path / "png" / "000001.png").touch()
+    done = sample(tmp_path / "a.npz", "--num", "4", "--steps", "2", "--png", tmp_path / "png")
+    assert done.exit_code == 1 and "exists and is not an empty folder" in done.stderr
+    assert not (tmp_path / "a.npz.partial").exists()
+
+
 def test_every_index_has_a_seed_and_a_class_of_its_own(tiny_checkpoint: Path) -> None:
     config, sha256 = read_config(tiny_checkpoint)
     settings = SampleSettings(out=Path("a.npz"), per_class=12_500, seed=3)
