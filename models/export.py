@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,9 @@ def _stage_2(config: CheckpointConfig) -> dict[str, Any]:
     if config.guide is not None:
         guidance["guidance_model"] = _network(config.guide, WEIGHTS["guide"])
     shape = config.dit_dh.latent_shape
+    dim = config.shift**2 * SHIFT_BASE
+    if math.sqrt(round(dim) / SHIFT_BASE) == config.shift:
+        dim = round(dim)  # 196608, as published
     return {
         "stage_2": _network(config.dit_dh, WEIGHTS["dit_dh"]),
         "transport": {"params": {"path_type": "Linear", "prediction": "velocity"}},
@@ -157,7 +161,7 @@ def _stage_2(config: CheckpointConfig) -> dict[str, Any]:
         "misc": {
             "latent_size": list(shape),
             "num_classes": config.dit_dh.num_classes,
-            "time_dist_shift_dim": config.shift**2 * SHIFT_BASE,
+            "time_dist_shift_dim": dim,
             "time_dist_shift_base": SHIFT_BASE,
         },
     }

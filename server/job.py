@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from rae.models.checkpoint import CheckpointConfig
+from rae.models.checkpoint_config import CheckpointConfig
 from rae.models.config import GuidanceMethod, Solver
 from rae.server.command_settings import Labels, Pixels, SampleSettings
 from rae.server.errors import Detail, InvalidRequestError
