@@ -31,7 +31,7 @@ from rae.models.checkpoint import (
 from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
 from rae.models.config import DiTDHConfig
 from rae.models.sampling import draw_noise
-from rae.models.tensor_files import CheckpointError, read_tensors
+from rae.models.tensor_files import CheckpointError, read_fp32
 
 SEEDS = (0, 1)
 TIMES = (0.35, 0.9)
@@ -39,13 +39,9 @@ SCALE = 1.5
 NUM_STEPS = 6
 
 
-def load_fp32(path: Path) -> dict[str, Tensor]:
-    return {key: value.float() for key, value in read_tensors(path).items()}
-
-
 def published_dit_dh(config: DiTDHConfig, path: Path) -> Any:  # noqa: ANN401
     model = import_module("stage2.models.DDT").DiTwDDTHead(**config.to_published())
-    model.load_state_dict(load_fp32(path), assign=True)
+    model.load_state_dict(read_fp32(path), assign=True)
     return model.eval()
 
 
@@ -88,7 +84,7 @@ def record_decoder(folder: Path, config: AutoencoderConfig) -> dict[str, Tensor]
     """Latents and the image that the authors' RAE decodes them to."""
     decoders = import_module("stage1.decoders.decoder")
     size = config.decoder
-    tensors = load_fp32(folder / DECODER_FILE)
+    tensors = read_fp32(folder / DECODER_FILE)
     statistics = {key: tensors.pop(key) for key in STATISTICS if key in tensors}
     vit = decoders.ViTMAEConfig(
         hidden_size=size.latent_channels,

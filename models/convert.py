@@ -23,8 +23,6 @@ from rae.models.checkpoint import (
     DIT_DH_FILE,
     GUIDE_FILE,
     STATISTICS,
-    attach_encoder,
-    load_rae,
     write_config,
 )
 from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
@@ -90,9 +88,8 @@ def convert(
             config = _with_dit_dh(config, published, published.dit_dh, classes)
         if encoder is not None:
             _copy_encoder(encoder, folder / "encoder")
-        config = write_config(folder, config)
-        if config.has_encoder:
-            attach_encoder(load_rae(config, folder / DECODER_FILE), config, folder)
+        write_config(folder, config)
+        # Every network is loaded for it, an encoder as well, and strictly.
         notify("Fingerprints: one evaluation of each network")
         return record_fingerprints(folder)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rae.models.checkpoint import (
     DECODER_FILE,
@@ -24,7 +23,7 @@ from rae.models.published import NORMALISATION
 from rae.models.published_yaml import ENCODER_CLASSES
 from rae.models.sampling import SHIFT_BASE
 from rae.models.staging import staging
-from rae.models.tensor_files import CheckpointError, read_tensors
+from rae.models.tensor_files import CheckpointError, read_fp32
 
 WEIGHTS = {"dit_dh": "dit_dh/stage2_model.pt", "guide": "guide/stage2_model.pt"}
 DECODER, STATS, YAML = "decoder/model.pt", "stat.pt", "config.yaml"
@@ -45,8 +44,8 @@ def export(folder: Path, out: Path, notify: Callable[[str], None] = lambda _: No
     with staging(out) as staged, checked(config, folder, with_encoder=False):
         for name, file in networks(config).items():
             if name in WEIGHTS:
-                _save(_fp32(folder / file), staged / WEIGHTS[name])
-        tensors = _fp32(folder / DECODER_FILE)
+                _save(read_fp32(folder / file), staged / WEIGHTS[name])
+        tensors = read_fp32(folder / DECODER_FILE)
         statistics = {key: tensors.pop(key) for key in STATISTICS if key in tensors}
         _save(tensors, staged / DECODER)
         mean, var = statistics.get("latents_mean"), statistics["latents_var"]
@@ -71,10 +70,6 @@ def inexpressible(config: AutoencoderConfig) -> str | None:
     if isinstance(config, CheckpointConfig) and config.shift < 1:
         return f"its shift is 1 or more, this one is {config.shift}"
     return None
-
-
-def _fp32(path: Path) -> dict[str, Tensor]:
-    return {key: value.float() for key, value in read_tensors(path).items()}
 
 
 def _save(values: dict[str, Any], path: Path) -> None:

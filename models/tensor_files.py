@@ -30,6 +30,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from error
 
 
+def read_fp32(path: Path) -> dict[str, Tensor]:
+    """As `read_tensors`, in fp32 whatever is stored."""
+    return {key: value.float() for key, value in read_tensors(path).items()}
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype] | None = None
 ) -> str:

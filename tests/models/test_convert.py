@@ -284,7 +284,7 @@ def test_two_conversions_into_one_folder_do_not_mix(
         try:
             convert(model, tmp_path / "out")
             done.append(model.guide is not None)
-        except (CheckpointError, OSError):
+        except (ValueError, OSError):  # at the start or at the end, as they happen to meet
             pass
 
     threads = [threading.Thread(target=run, args=(model,)) for model in published]
