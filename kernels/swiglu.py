@@ -7,6 +7,7 @@ the product of half the width is written. `pack_weights` alone makes that layout
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ def pack_weights(
 def _swiglu(x: Tensor, weight: Tensor, bias: Tensor, kernels: str) -> Tensor:
     check(x, weight, bias)
     dim, hidden = x.shape[-1], weight.shape[0] // 2
-    if kernels == "auto" and x.is_cuda and not whole(dim, x.dtype):
+    if kernels == "auto" and not whole(dim, x.dtype):
         kernels = "library"
     rows = x.reshape(-1, dim)
     choice = select("swiglu", x, kernels, rows=len(rows), dim=dim, hidden=hidden)
@@ -210,7 +211,10 @@ def makes_descriptors() -> bool:
     """Whether the kernel makes its descriptors: below sm_90 they are pointers, and only there the
     compiler knows how these are aligned, without which it copies 2 bytes at a time, in no pipeline.
     """
-    return not interprets() and triton.runtime.driver.active.get_current_target().arch < 90
+    if interprets():
+        return False
+    target: Any = triton.runtime.driver.active.get_current_target()
+    return target.arch < 90
 
 
 @cache
@@ -242,10 +246,32 @@ def _silu_mul_kernel(
 
 
 @jit
+def _described(
+    matrix: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    stride: tl.tensor,
+    MAKE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+) -> tl.tensor_descriptor | tl.tensor:
+    """`matrix`, or what describes the one it points to if `MAKE`: see `makes_descriptors`."""
+    if MAKE:
+        return tl.make_tensor_descriptor(
+            matrix,
+            [rows, columns],
+            [stride, 1],  # type: ignore[list-item]
+            [BLOCK_ROWS, BLOCK_COLUMNS],
+        )
+    else:
+        return matrix
+
+
+@jit
 def _swiglu_kernel(
-    x_desc: tl.tensor_descriptor,
-    weight_desc: tl.tensor_descriptor,
-    out_desc: tl.tensor_descriptor,
+    x: tl.tensor_descriptor,
+    weight: tl.tensor_descriptor,
+    out: tl.tensor_descriptor,
     bias_ptr: tl.tensor,
     rows: tl.tensor,
     x_stride: tl.tensor,
@@ -259,30 +285,24 @@ def _swiglu_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
 ) -> None:
-    if MAKE_DESCRIPTORS:
-        half: tl.constexpr = WIDTH // 2
-        x_desc = tl.make_tensor_descriptor(x_desc, [rows, DIM], [x_stride, 1], [BLOCK_M, BLOCK_K])
-        weight_desc = tl.make_tensor_descriptor(
-            weight_desc, [WIDTH, DIM], [DIM, 1], [BLOCK_N, BLOCK_K]
-        )
-        out_desc = tl.make_tensor_descriptor(
-            out_desc, [rows, half], [half, 1], [BLOCK_M, BLOCK_N // 2]
-        )
+    x_desc = _described(x, rows, DIM, x_stride, MAKE_DESCRIPTORS, BLOCK_M, BLOCK_K)
+    weight_desc = _described(weight, WIDTH, DIM, DIM, MAKE_DESCRIPTORS, BLOCK_N, BLOCK_K)
+    out_desc = _described(
+        out, rows, WIDTH // 2, WIDTH // 2, MAKE_DESCRIPTORS, BLOCK_M, BLOCK_N // 2
+    )
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n: tl.constexpr = WIDTH // BLOCK_N
-    for tile in tl.range(
-        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN
-    ):
+    start, tiles, step = tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)
+    for tile in tl.range(start, tiles, step, flatten=FLATTEN):  # type: ignore[attr-defined]
         first = tile // (GROUP_M * tiles_n) * GROUP_M
         group = min(tiles_m - first, GROUP_M)
         row = (first + tile % (GROUP_M * tiles_n) % group) * BLOCK_M
         block = tile % (GROUP_M * tiles_n) // group
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, DIM, BLOCK_K):
-            x = operand(x_desc.load([row, k]))
-            weight = operand(weight_desc.load([block * BLOCK_N, k]))
-            acc = tl.dot(x, weight.T, acc, input_precision="ieee")
+        for k in tl.range(0, DIM, BLOCK_K):  # type: ignore[attr-defined]
+            x_block = operand(x_desc.load([row, k]))
+            weight_block = operand(weight_desc.load([block * BLOCK_N, k]))
+            acc = tl.dot(x_block, weight_block.T, acc, input_precision="ieee")
         bias = tl.load(bias_ptr + block * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.float32)
         gate, up = tl.split((acc + bias).reshape(BLOCK_M, BLOCK_N // 2, 2))
-        out = narrow(_silu_mul(gate, up), DTYPE)
-        out_desc.store([row, block * (BLOCK_N // 2)], out)
+        out_desc.store([row, block * (BLOCK_N // 2)], narrow(_silu_mul(gate, up), DTYPE))
