@@ -71,9 +71,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(
-    qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None, kernels: str
-) -> Tensor:
+def _(qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None, kernels: str) -> Tensor:
     return qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
 
 
@@ -106,9 +104,7 @@ def check(
             raise ValueError(f"{name} {tuple(table.shape)} is not contiguous")
 
 
-def attention_ref(
-    qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None
-) -> Tensor:
+def attention_ref(qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """`rae::attention` in plain PyTorch, in fp32, or fp64 for an fp64 qkv."""
     wide = torch.promote_types(qkv.dtype, torch.float32)
     heads = qkv.unflatten(-1, (3, num_heads, -1))  # (B, N, 3, H, d)
@@ -309,7 +305,17 @@ def _attend(
     scores = tl.dot(q, k.T, input_precision="ieee")
     if REST:
         k = _rotated_rows(
-            k_ptr, cos_ptr, sin_ptr, token, token_stride, MAIN, REST, HEAD_DIM, TOKENS, MASKED, DTYPE
+            k_ptr,
+            cos_ptr,
+            sin_ptr,
+            token,
+            token_stride,
+            MAIN,
+            REST,
+            HEAD_DIM,
+            TOKENS,
+            MASKED,
+            DTYPE,
         )
         scores = tl.dot(q_rest, k.T, scores, input_precision="ieee")
     if MASKED:

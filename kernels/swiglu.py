@@ -270,9 +270,7 @@ def _swiglu_kernel(
         )
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n: tl.constexpr = WIDTH // BLOCK_N
-    for tile in tl.range(
-        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN
-    ):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         first = tile // (GROUP_M * tiles_n) * GROUP_M
         group = min(tiles_m - first, GROUP_M)
         row = (first + tile % (GROUP_M * tiles_n) % group) * BLOCK_M
