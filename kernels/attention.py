@@ -240,17 +240,10 @@ def _rows(
 
 
 @jit
-def _even(x: tl.tensor) -> tl.tensor:
-    even, _ = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-    return even
-
-
-@jit
 def _turn(x: tl.tensor, cos: tl.tensor, sin: tl.tensor) -> tl.tensor:
-    """fp32 x (rows, lanes) turned in interleaved pairs; a table holds each pair's angle twice."""
+    """fp32 x (rows, lanes) turned in interleaved pairs by tables of its shape."""
     x0, x1 = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-    cos, sin = _even(cos), _even(sin)
-    return tl.reshape(tl.join(x0 * cos - x1 * sin, x1 * cos + x0 * sin), x.shape)
+    return x * cos + tl.reshape(tl.join(-x1, x0), x.shape) * sin
 
 
 @jit
@@ -306,12 +299,13 @@ def _attend(
     k = _rotated_rows(
         k_ptr, cos_ptr, sin_ptr, token, token_stride, 0, MAIN, HEAD_DIM, TOKENS, MASKED, DTYPE
     )
-    scores = tl.dot(q, k.T, input_precision="ieee")
     if REST:
-        k = _rotated_rows(
+        k_rest = _rotated_rows(
             k_ptr, cos_ptr, sin_ptr, token, token_stride, MAIN, REST, HEAD_DIM, TOKENS, MASKED, DTYPE
         )
-        scores = tl.dot(q_rest, k.T, scores, input_precision="ieee")
+    scores = tl.dot(q, k.T, input_precision="ieee")
+    if REST:
+        scores = tl.dot(q_rest, k_rest.T, scores, input_precision="ieee")
     if MASKED:
         scores = tl.where(token[None, :] < TOKENS, scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, 1) * SCALE)
@@ -384,14 +378,15 @@ def _attention_kernel(
             q, q_rest, maximum, total, acc, acc_rest, k_ptr, v_ptr, cos_ptr, sin_ptr, FULL,
             qkv_token, TOKENS, HEAD_DIM, MAIN, REST, SCALE, DTYPE, LAST, True,
         )  # fmt: skip
+    factor = 1 / total[:, None]
     out_ptr += (sample * TOKENS + token[:, None]) * (HEADS * HEAD_DIM) + head * HEAD_DIM
     lane = tl.arange(0, MAIN)[None, :]
     mask = (token[:, None] < TOKENS) & (lane < HEAD_DIM)
-    tl.store(out_ptr + lane, narrow(acc / total[:, None], DTYPE), mask)
+    tl.store(out_ptr + lane, narrow(acc * factor, DTYPE), mask)
     if REST:
         lane = MAIN + tl.arange(0, REST)[None, :]
         mask = (token[:, None] < TOKENS) & (lane < HEAD_DIM)
-        tl.store(out_ptr + lane, narrow(acc_rest / total[:, None], DTYPE), mask)
+        tl.store(out_ptr + lane, narrow(acc_rest * factor, DTYPE), mask)
 
 
 def launch_rope(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -440,6 +435,7 @@ def _rope_kernel(
     x = _rows(x_ptr, row, HEAD_DIM, 0, LANES, HEAD_DIM, ROWS, True).to(tl.float32)
     cos = tl.load(cos_ptr + token * HEAD_DIM + lane, lane < HEAD_DIM, other=0.0)
     sin = tl.load(sin_ptr + token * HEAD_DIM + lane, lane < HEAD_DIM, other=0.0)
+    factor = 1 / total[:, None]
     out_ptr += (sample * TOKENS + token) * (ROWS * HEAD_DIM) + row[:, None] * HEAD_DIM + lane
     mask = (row[:, None] < ROWS) & (lane < HEAD_DIM)
     tl.store(out_ptr, narrow(_turn(x, cos, sin), DTYPE), mask)
