@@ -8,6 +8,7 @@ A head of 72 is 64 + 16 lanes of the matrix units, where the next power of two i
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import get_args
 
 import torch
@@ -17,7 +18,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_fla
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rae.kernels.dispatch import Choice, select
-from rae.kernels.lang import interprets, jit, narrow, operand, tl, triton, triton_dtype
+from rae.kernels.lang import jit, narrow, operand, tl, triton, triton_dtype
 
 ALLOWED = ("auto", *get_args(Choice))
 # The order in which "library" tries them; the others are SDPA with that backend alone.
@@ -71,9 +72,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(
-    qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None, kernels: str
-) -> Tensor:
+def _(qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None, kernels: str) -> Tensor:
     return qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
 
 
@@ -106,9 +105,7 @@ def check(
             raise ValueError(f"{name} {tuple(table.shape)} is not contiguous")
 
 
-def attention_ref(
-    qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None
-) -> Tensor:
+def attention_ref(qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """`rae::attention` in plain PyTorch, in fp32, or fp64 for an fp64 qkv."""
     wide = torch.promote_types(qkv.dtype, torch.float32)
     heads = qkv.unflatten(-1, (3, num_heads, -1))  # (B, N, 3, H, d)
@@ -165,12 +162,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
 def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The flash_attn package's attention on (B, N, H, d). Raises ValueError without it."""
     try:
-        from flash_attn import flash_attn_func
+        package = import_module("flash_attn")
     except ImportError as error:
         raise ValueError(
             "kernels 'flash-attn' needs a package: pip install 'rae-server[flash-attn]'"
         ) from error
-    return flash_attn_func(q, k, v)
+    return package.flash_attn_func(q, k, v)
 
 
 def launch(
@@ -183,8 +180,12 @@ def launch(
     block_n: int,
     num_warps: int,
     num_stages: int,
+    maxnreg: int | None = None,
 ) -> Tensor:
-    """`rae::attention` by the kernel: `block_m` queries to a program, `block_n` keys at a time."""
+    """`rae::attention` by the kernel: `block_m` queries to a program, `block_n` keys at a time.
+
+    `maxnreg` bounds a thread's registers: at 128, two programs of 8 warps share a multiprocessor.
+    """
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
     main, rest = lanes(head_dim)
@@ -207,6 +208,7 @@ def launch(
         LAST=max(16, triton.next_power_of_2(tokens % block_n)) if tokens % block_n else 0,
         num_warps=num_warps,
         num_stages=num_stages,
+        maxnreg=maxnreg,
     )
     return out
 
@@ -221,50 +223,54 @@ def lanes(head_dim: int) -> tuple[int, int]:
 @jit
 def _rows(
     x_ptr: tl.tensor,
-    token: tl.tensor,
-    token_stride: tl.tensor,
+    row: tl.tensor,
+    stride: tl.tensor,
     FIRST: tl.constexpr,
     LANES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    MASKED: tl.constexpr,
+    END: tl.constexpr,
 ) -> tl.tensor:
-    """LANES lanes of a head's rows; zeros beyond its end and, if MASKED, beyond the last token."""
+    """LANES lanes of a head's rows; zeros beyond its end, and from row END on if there is one."""
     lane = FIRST + tl.arange(0, LANES)[None, :]
-    x_ptr += token[:, None] * token_stride + lane
-    if MASKED:
-        return tl.load(x_ptr, (token[:, None] < TOKENS) & (lane < HEAD_DIM), other=0.0)
+    x_ptr += row[:, None] * stride + lane
+    if END is not None:
+        return tl.load(x_ptr, (row[:, None] < END) & (lane < HEAD_DIM), other=0.0)
     if FIRST + LANES > HEAD_DIM:
         return tl.load(x_ptr, lane < HEAD_DIM, other=0.0)
     return tl.load(x_ptr)
 
 
 @jit
-def _turn(x: tl.tensor, cos: tl.tensor, sin: tl.tensor) -> tl.tensor:
-    """fp32 x (rows, lanes) turned in interleaved pairs by tables of its shape."""
-    x0, x1 = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-    return x * cos + tl.reshape(tl.join(-x1, x0), x.shape) * sin
+def _turn(
+    x: tl.tensor, cos: tl.tensor, sin: tl.tensor, ROWS: tl.constexpr, LANES: tl.constexpr
+) -> tl.tensor:
+    """fp32 x (ROWS, LANES) turned in interleaved pairs.
+
+    Each pair's angle is in the tables twice; who takes one of the two makes 4-byte loads of them.
+    """
+    x0, x1 = tl.split(tl.reshape(x, (ROWS, LANES // 2, 2)))
+    return x * cos + tl.reshape(tl.join(-x1, x0), (ROWS, LANES)) * sin
 
 
 @jit
-def _rotated_rows(
+def _turned_rows(
     x_ptr: tl.tensor,
     cos_ptr: tl.tensor,
     sin_ptr: tl.tensor,
-    token: tl.tensor,
-    token_stride: tl.tensor,
+    row: tl.tensor,
+    stride: tl.tensor,
     FIRST: tl.constexpr,
     LANES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    MASKED: tl.constexpr,
+    END: tl.constexpr,
+    ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> tl.tensor:
-    x = _rows(x_ptr, token, token_stride, FIRST, LANES, HEAD_DIM, TOKENS, MASKED)
+    x = _rows(x_ptr, row, stride, FIRST, LANES, HEAD_DIM, END)
     if cos_ptr is not None:
-        cos = _rows(cos_ptr, token, HEAD_DIM, FIRST, LANES, HEAD_DIM, TOKENS, MASKED)
-        sin = _rows(sin_ptr, token, HEAD_DIM, FIRST, LANES, HEAD_DIM, TOKENS, MASKED)
-        x = narrow(_turn(x.to(tl.float32), cos, sin), DTYPE)
+        cos = _rows(cos_ptr, row, HEAD_DIM, FIRST, LANES, HEAD_DIM, END)
+        sin = _rows(sin_ptr, row, HEAD_DIM, FIRST, LANES, HEAD_DIM, END)
+        x = narrow(_turn(x.to(tl.float32), cos, sin, ROWS, LANES), DTYPE)
     return operand(x)
 
 
@@ -281,33 +287,32 @@ def _attend(
     cos_ptr: tl.tensor,
     sin_ptr: tl.tensor,
     start: tl.tensor,
-    token_stride: tl.tensor,
-    TOKENS: tl.constexpr,
+    stride: tl.tensor,
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     REST: tl.constexpr,
     SCALE: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
+    END: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """The online softmax over BLOCK keys from `start`."""
+    """The online softmax over BLOCK keys from `start`. All loads come before the products."""
     token = start + tl.arange(0, BLOCK)
-    v = operand(_rows(v_ptr, token, token_stride, 0, MAIN, HEAD_DIM, TOKENS, MASKED))
+    v = operand(_rows(v_ptr, token, stride, 0, MAIN, HEAD_DIM, END))
+    k = _turned_rows(
+        k_ptr, cos_ptr, sin_ptr, token, stride, 0, MAIN, HEAD_DIM, END, BLOCK, DTYPE
+    )  # fmt: skip
+    v_rest, k_rest = v, k
     if REST:
-        v_rest = operand(_rows(v_ptr, token, token_stride, MAIN, REST, HEAD_DIM, TOKENS, MASKED))
-    k = _rotated_rows(
-        k_ptr, cos_ptr, sin_ptr, token, token_stride, 0, MAIN, HEAD_DIM, TOKENS, MASKED, DTYPE
-    )
-    if REST:
-        k_rest = _rotated_rows(
-            k_ptr, cos_ptr, sin_ptr, token, token_stride, MAIN, REST, HEAD_DIM, TOKENS, MASKED, DTYPE
+        v_rest = operand(_rows(v_ptr, token, stride, MAIN, REST, HEAD_DIM, END))
+        k_rest = _turned_rows(
+            k_ptr, cos_ptr, sin_ptr, token, stride, MAIN, REST, HEAD_DIM, END, BLOCK, DTYPE
         )
     scores = tl.dot(q, k.T, input_precision="ieee")
     if REST:
         scores = tl.dot(q_rest, k_rest.T, scores, input_precision="ieee")
-    if MASKED:
-        scores = tl.where(token[None, :] < TOKENS, scores, float("-inf"))
+    if END is not None:
+        scores = tl.where(token[None, :] < END, scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, 1) * SCALE)
     weights = tl.exp2(scores * SCALE - new_maximum[:, None])
     decay = tl.exp2(maximum - new_maximum)
@@ -326,7 +331,7 @@ def _attention_kernel(
     sin_ptr: tl.tensor,
     out_ptr: tl.tensor,
     qkv_batch: tl.tensor,
-    qkv_token: tl.tensor,
+    stride: tl.tensor,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -339,30 +344,20 @@ def _attention_kernel(
     LAST: tl.constexpr,
 ) -> None:
     QUERY_BLOCKS: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
+    QUERY_END: tl.constexpr = tl.constexpr(TOKENS if TOKENS % BLOCK_M else None)
     FULL: tl.constexpr = TOKENS // BLOCK_N * BLOCK_N
-    QUERIES_MASKED: tl.constexpr = TOKENS % BLOCK_M != 0
-    row = tl.program_id(0) // QUERY_BLOCKS
-    sample, head = (row // HEADS).to(tl.int64), row % HEADS
+    sample = (tl.program_id(0) // (QUERY_BLOCKS * HEADS)).to(tl.int64)
+    head = tl.program_id(0) // QUERY_BLOCKS % HEADS
     token = tl.program_id(0) % QUERY_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     q_ptr = qkv_ptr + sample * qkv_batch + head * HEAD_DIM
     k_ptr, v_ptr = q_ptr + HEADS * HEAD_DIM, q_ptr + 2 * HEADS * HEAD_DIM
-    q = _rotated_rows(
-        q_ptr, cos_ptr, sin_ptr, token, qkv_token, 0, MAIN, HEAD_DIM, TOKENS, QUERIES_MASKED, DTYPE
+    q = _turned_rows(
+        q_ptr, cos_ptr, sin_ptr, token, stride, 0, MAIN, HEAD_DIM, QUERY_END, BLOCK_M, DTYPE
     )
     q_rest = q
     if REST:
-        q_rest = _rotated_rows(
-            q_ptr,
-            cos_ptr,
-            sin_ptr,
-            token,
-            qkv_token,
-            MAIN,
-            REST,
-            HEAD_DIM,
-            TOKENS,
-            QUERIES_MASKED,
-            DTYPE,
+        q_rest = _turned_rows(
+            q_ptr, cos_ptr, sin_ptr, token, stride, MAIN, REST, HEAD_DIM, QUERY_END, BLOCK_M, DTYPE
         )
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -371,12 +366,12 @@ def _attention_kernel(
     for start in range(0, FULL, BLOCK_N):
         maximum, total, acc, acc_rest = _attend(
             q, q_rest, maximum, total, acc, acc_rest, k_ptr, v_ptr, cos_ptr, sin_ptr, start,
-            qkv_token, TOKENS, HEAD_DIM, MAIN, REST, SCALE, DTYPE, BLOCK_N, False,
+            stride, HEAD_DIM, MAIN, REST, SCALE, DTYPE, BLOCK_N, None,
         )  # fmt: skip
     if LAST:
         maximum, total, acc, acc_rest = _attend(
             q, q_rest, maximum, total, acc, acc_rest, k_ptr, v_ptr, cos_ptr, sin_ptr, FULL,
-            qkv_token, TOKENS, HEAD_DIM, MAIN, REST, SCALE, DTYPE, LAST, True,
+            stride, HEAD_DIM, MAIN, REST, SCALE, DTYPE, LAST, TOKENS,
         )  # fmt: skip
     factor = 1 / total[:, None]
     out_ptr += (sample * TOKENS + token[:, None]) * (HEADS * HEAD_DIM) + head * HEAD_DIM
@@ -432,10 +427,9 @@ def _rope_kernel(
     row = tl.arange(0, BLOCK_ROWS)
     lane = tl.arange(0, LANES)[None, :]
     x_ptr += sample * x_batch + token * x_token
-    x = _rows(x_ptr, row, HEAD_DIM, 0, LANES, HEAD_DIM, ROWS, True).to(tl.float32)
+    x = _rows(x_ptr, row, HEAD_DIM, 0, LANES, HEAD_DIM, ROWS).to(tl.float32)
     cos = tl.load(cos_ptr + token * HEAD_DIM + lane, lane < HEAD_DIM, other=0.0)
     sin = tl.load(sin_ptr + token * HEAD_DIM + lane, lane < HEAD_DIM, other=0.0)
-    factor = 1 / total[:, None]
     out_ptr += (sample * TOKENS + token) * (ROWS * HEAD_DIM) + row[:, None] * HEAD_DIM + lane
     mask = (row[:, None] < ROWS) & (lane < HEAD_DIM)
-    tl.store(out_ptr, narrow(_turn(x, cos, sin), DTYPE), mask)
+    tl.store(out_ptr, narrow(_turn(x, cos, sin, BLOCK_ROWS, LANES), DTYPE), mask)
