@@ -1,6 +1,6 @@
-"""Compare this implementation with recorded numbers of the published one, in fp32 on the CPU.
+"""Compare this implementation with recorded numbers of the published one, in fp32.
 
-    python benchmarks/parity.py DIR
+    python benchmarks/parity.py DIR [--device cuda] [--kernels triton]
 
 DIR holds file sets NAME.model.safetensors + NAME.io.safetensors (+ NAME.guide.safetensors), time
 grids, training-time quantiles and manifests.json; tests/golden is such a folder. One line per
@@ -15,15 +15,17 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from rae.kernels.dispatch import Kernels, check_kernels
 from rae.models.config import DecoderConfig, DiTDHConfig
 from rae.models.decoder import Decoder
 from rae.models.dit_dh import DiTDH
+from rae.models.fused import fuse
 from rae.models.parity import (
     FORWARD_BOUND,
     Result,
@@ -36,12 +38,30 @@ from rae.models.sampling import default_shift, shift_time, timesteps
 from rae.models.tensor_files import load_strictly, read_tensors
 from rae.training.losses import interpolate, logit_normal_quantile, velocity_loss
 
+M = TypeVar("M", bound=nn.Module)
+
 # The recorded quantiles are those of a random draw, off the exact ones by 2e-3 themselves; a
 # wrong distribution (uniform, or no shift) is off by more than 3e-2.
 DRAW_BOUND = 5e-3
 
 
-def check_folder(folder: Path) -> Iterator[Result]:
+class Setup(NamedTuple):
+    """Where the models run, and on which kernels; None for the plain layers."""
+
+    device: torch.device = torch.device("cpu")
+    kernels: str | None = None
+
+    def place(self, model: M) -> M:
+        model.to(self.device)
+        if self.kernels is not None:
+            fuse(model, torch.float32, self.kernels, self.kernels)
+        return model
+
+    def read(self, path: Path) -> dict[str, Tensor]:
+        return {key: value.to(self.device) for key, value in read_tensors(path).items()}
+
+
+def check_folder(folder: Path, setup: Setup) -> Iterator[Result]:
     """Every comparison of a folder. Raises ValueError for a file that is not understood."""
     for path in sorted(folder.rglob("*")):
         if path.name == "manifests.json":
@@ -51,16 +71,16 @@ def check_folder(folder: Path) -> Iterator[Result]:
             if not path.with_name(f"{stem}.io.safetensors").exists():
                 raise ValueError(f"{path.name} has no {stem}.io.safetensors beside it")
         elif path.suffix == ".safetensors":
-            yield from check_file(path)
+            yield from check_file(path, setup)
 
 
-def check_file(path: Path) -> Iterator[Result]:
-    tensors = read_tensors(path)
+def check_file(path: Path, setup: Setup) -> Iterator[Result]:
+    tensors = setup.read(path)
     stem = path.name.removesuffix(".safetensors").removesuffix(".io")
     if {"x", "t", "y"} <= tensors.keys():
-        yield from check_dit_dh(path, stem, tensors)
+        yield from check_dit_dh(path, stem, tensors, setup)
     elif {"z", "image"} <= tensors.keys():
-        yield from check_decoder(path, stem, tensors)
+        yield from check_decoder(path, stem, tensors, setup)
     elif {"q", "t", "t_shifted", "shift"} <= tensors.keys():
         yield from check_training_times(stem, tensors)
     elif all(re.fullmatch(r"\d+_\d+", key) for key in tensors):
@@ -73,10 +93,11 @@ def check_file(path: Path) -> Iterator[Result]:
         raise ValueError(f"{path.name}: unknown contents {sorted(tensors)}")
 
 
-def check_dit_dh(path: Path, stem: str, io: dict[str, Tensor]) -> Iterator[Result]:
+def check_dit_dh(path: Path, stem: str, io: dict[str, Tensor], setup: Setup) -> Iterator[Result]:
     model = load_dit_dh(path.with_name(f"{stem}.model.safetensors"), path, "config")
     guide_path = path.with_name(f"{stem}.guide.safetensors")
     guide = load_dit_dh(guide_path, path, "guide_config") if guide_path.exists() else None
+    model, guide = setup.place(model), setup.place(guide) if guide else None
     yield from named(stem, compare_dit_dh(model, guide, io))
     yield from named(stem, compare_training(model, io))
 
@@ -109,7 +130,7 @@ def load_dit_dh(path: Path, io_path: Path, key: str) -> DiTDH:
     return model
 
 
-def check_decoder(path: Path, stem: str, io: dict[str, Tensor]) -> Iterator[Result]:
+def check_decoder(path: Path, stem: str, io: dict[str, Tensor], setup: Setup) -> Iterator[Result]:
     model_path = path.with_name(f"{stem}.model.safetensors")
     config = metadata(model_path).get("config") or metadata(path)["config"]
     config = DecoderConfig.from_published(json.loads(config))
@@ -118,7 +139,7 @@ def check_decoder(path: Path, stem: str, io: dict[str, Tensor]) -> Iterator[Resu
     load_strictly(rae.decoder, read_tensors(model_path), model_path)
     rae.latents_mean, rae.latents_var = io.get("latent_mean"), io["latent_var"]
     rae.eps = io.get("eps", rae.eps)
-    yield from named(stem, compare_decoder(rae, io))
+    yield from named(stem, compare_decoder(setup.place(rae), io))
 
 
 def check_training_times(stem: str, io: dict[str, Tensor]) -> Iterator[Result]:
@@ -157,10 +178,15 @@ def metadata(path: Path) -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, help="a folder of the golden format")
-    folder = parser.parse_args().folder
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--kernels", choices=get_args(Kernels), help="the plain layers without")
+    args = parser.parse_args()
+    folder: Path = args.folder
     results: list[Result] = []
     try:
-        for result in check_folder(folder):
+        if args.kernels is not None:
+            check_kernels(args.kernels, "auto", args.device)
+        for result in check_folder(folder, Setup(args.device, args.kernels)):
             results.append(result)
             verdict = "ok" if result.passed else "FAILED"
             line = f"{result.name:<48} {result.error:9.2e}  bound {result.bound:7.1e}  {verdict}"

@@ -22,6 +22,7 @@ from rae.kernels.lang import HAS_TRITON, interprets
 
 Kernels = Literal["auto", "triton", "library", "reference"]
 Choice = Literal["triton", "library", "cudnn", "flash", "flash-attn", "reference"]
+Attention = Literal["auto", "triton", "library", "cudnn", "flash", "flash-attn", "reference"]
 OPS = ("adaln", "swiglu", "attention", "guided_euler")
 
 TABLES = Path(__file__).parent / "tuning"
@@ -102,15 +103,26 @@ def selected() -> dict[str, list[str]]:
     return {key: sorted(choices) for key, choices in sorted(_selected.items())}
 
 
-def check_kernels(kernels: str, device: torch.device) -> None:
-    """Raises ValueError where `kernels` is unknown or cannot run on `device`."""
+def check_kernels(kernels: str, attention: str, device: torch.device) -> None:
+    """Raises ValueError where what a user asks for is unknown or cannot run on `device`."""
     if kernels not in get_args(Kernels):
         raise ValueError(f"kernels {kernels!r} is not one of {', '.join(get_args(Kernels))}")
-    if kernels == "triton" and not can_launch(device.type):
-        raise ValueError(
-            f"kernels 'triton' cannot run on {device.type!r}: they take a CUDA GPU, or a CPU with "
-            "TRITON_INTERPRET=1, where they are slow; allowed here: auto, library, reference"
-        )
+    if attention not in get_args(Attention):
+        raise ValueError(f"attention {attention!r} is not one of {', '.join(get_args(Attention))}")
+    for name, value in (("kernels", kernels), ("attention", attention)):
+        if value == "triton" and not can_launch(device.type):
+            raise ValueError(
+                f"{name} 'triton' cannot run on {device.type!r}: it takes a CUDA GPU, or a CPU "
+                "with TRITON_INTERPRET=1, where it is slow; allowed here: auto, library, reference"
+            )
+    if attention in ("cudnn", "flash", "flash-attn") and device.type != "cuda":
+        raise ValueError(f"attention {attention!r} takes a CUDA GPU, not {device.type!r}")
+    if attention not in ("auto", "library") and device.type != "cuda":
+        if kernels in ("auto", "library"):
+            raise ValueError(
+                f"attention {attention!r} on {device.type!r} goes with kernels triton or "
+                f"reference, not {kernels!r}, which has its own there"
+            )
 
 
 def can_launch(device_type: str) -> bool:
@@ -134,10 +146,11 @@ def _select(
     sizes: tuple[tuple[str, int], ...],
 ) -> Selection:
     dims, dtype_name = dict(sizes), str(dtype).removeprefix("torch.")
-    if kernels == "auto" and device.type != "cuda":
-        kernels = "reference"
+    if kernels == "auto" and not (device.type == "cuda" and HAS_TRITON):
+        kernels = "library" if device.type == "cuda" else "reference"
     if kernels in ("auto", "triton"):
-        check_kernels(kernels, device)
+        if not can_launch(device.type):
+            raise ValueError(f"{op}: Triton cannot run on {device.type!r} here")
         entry = table_of(device).find(op, dtype_name, dims)
         choice = entry.choice if kernels == "auto" else "triton"
         selection = Selection(choice, entry.config)

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     import triton
     import triton.language as tl
     from triton import knobs
+    from triton.tools.tensor_descriptor import TensorDescriptor
 else:
     try:
         import triton
         import triton.language as tl
         from triton import knobs
+        from triton.tools.tensor_descriptor import TensorDescriptor
     except ImportError:
-        triton = tl = None
+        triton = tl = TensorDescriptor = None
 
 HAS_TRITON = triton is not None
 # As triton.jit reads it, once: with TRITON_INTERPRET=1 the kernels run on a CPU, in numpy.

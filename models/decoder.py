@@ -29,7 +29,7 @@ class _Dense(nn.Module):
         return self.dense(x)
 
 
-class _Attention(nn.Module):
+class DecoderAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -48,7 +48,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         dim, eps = config.hidden_size, config.layer_norm_eps
-        self.attention = _Attention(dim, config.num_heads)
+        self.attention = DecoderAttention(dim, config.num_heads)
         self.intermediate = _Dense(dim, config.intermediate_size)
         self.output = _Dense(config.intermediate_size, dim)
         self.layernorm_before = nn.LayerNorm(dim, eps=eps)

@@ -31,6 +31,13 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def store_matmul_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep matmul weights in `dtype`; under autocast fp32 ones would be cast at every call."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+
+
 def silu(x: Tensor) -> Tensor:
     """`F.silu` whose elements do not depend on their neighbours.
 

@@ -46,8 +46,8 @@ def relative_error(output: Tensor, reference: Tensor) -> float:
     """‖output − reference‖ / ‖reference‖; infinite for another shape."""
     if output.shape != reference.shape:
         return float("inf")
-    reference = reference.double()
-    return float((output.double() - reference).norm() / reference.norm().clamp(min=1e-30))
+    output, reference = output.double().cpu(), reference.double().cpu()
+    return float((output - reference).norm() / reference.norm().clamp(min=1e-30))
 
 
 @torch.no_grad()

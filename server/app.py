@@ -31,6 +31,7 @@ from rae.server.schemas import (
     GenerateResponse,
     Health,
     Info,
+    KernelInfo,
     ModelInfo,
     request_body,
 )
@@ -160,6 +161,12 @@ class Service:
             python=platform.python_version(),
             device=engine.device,
             precision=engine.precision,
+            kernels=KernelInfo(
+                kernels=settings.kernels,
+                attention=settings.attention,
+                layers=engine.layers,
+                implementations={},
+            ),
             limits={
                 "max_steps": settings.max_steps,
                 "max_images": settings.max_images,
@@ -178,6 +185,7 @@ class Service:
         return [ClassItem(class_id=i, name=names[i]) for i in labels.search(names, search)]
 
     def get_info(self) -> Info:
+        self.info.kernels.implementations = self.engine.implementations
         return self.info
 
     def ready(self, response: Response) -> Health:

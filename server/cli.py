@@ -87,6 +87,8 @@ def generate(settings: GenerateSettings) -> None:
         engine_settings = EngineSettings(
             device=settings.device,
             precision=settings.precision,
+            kernels=settings.kernels,
+            attention=settings.attention,
             max_batch=min(len(specs), EngineSettings.max_batch),
             max_queue=math.inf,
         )

@@ -26,7 +26,7 @@ RATE_WEIGHT = 0.1
 class Engine:
     """Runs requests on one device, in a thread of its own. `submit` may be called from any.
 
-    Raises ValueError for a device or precision that this machine does not have.
+    Raises ValueError for a device, precision or kernels that this machine does not have.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: EngineSettings, metrics: Metrics) -> None:
@@ -38,7 +38,14 @@ class Engine:
         self.ready = False
         self.failure: str | None = None
         self._metrics = metrics
-        self._runner = Runner(checkpoint, device, precision, settings.max_batch)
+        self._runner = Runner(
+            checkpoint,
+            device,
+            precision,
+            settings.max_batch,
+            kernels=settings.kernels,
+            attention=settings.attention,
+        )
         self._scheduler = Scheduler(settings.max_batch)
         self._num_slots = settings.max_batch
         self._wake = threading.Condition()
@@ -46,6 +53,15 @@ class Engine:
         self._stepping: list[Sample] = []
         self._rate = 0.0  # cost per second, smoothed
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    @property
+    def layers(self) -> str:
+        """How the models' layers run: "fused" on the kernels, "packed" for a CPU, or "plain"."""
+        return self._runner.layers
+
+    @property
+    def implementations(self) -> dict[str, list[str]]:
+        return self._runner.implementations
 
     @property
     def waiting(self) -> int:

@@ -15,6 +15,7 @@ from rae.server.errors import Detail, InvalidRequestError
 from rae.server.limits import Limits
 from rae.server.request import ImageSpec
 from rae.server.schemas import read_request
+from rae.server.settings import Attention, Kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Job:
     solver: Solver
     device: str
     precision: str
+    kernels: Kernels
+    attention: Attention
     pixels: Pixels
 
     @classmethod
@@ -81,6 +84,8 @@ class Job:
             solver=settings.solver,
             device=device,
             precision=precision,
+            kernels=settings.kernels,
+            attention=settings.attention,
             pixels=settings.pixels,
         )
 

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rae.kernels.dispatch import check_kernels, selected
+from rae.kernels.guided_euler import guided_euler
 from rae.models.checkpoint import Checkpoint
 from rae.models.config import GuidanceMethod, Solver
 from rae.models.cpu import can_pack, pack
+from rae.models.fused import fuse
+from rae.models.layers import store_matmul_weights
 from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
 from rae.server.request import ImageSpec
 
@@ -68,14 +73,29 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return precisions[name]
 
 
-def prepare(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Keep matmul weights in `dtype`; under autocast fp32 ones would be cast at every call. On a
-    CPU the layers are packed as well: the model then runs, and can be neither saved nor trained."""
+Layers = Literal["fused", "packed", "plain"]
+
+
+def prepare(
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: str = "auto",
+    attention: str = "auto",
+) -> Layers:
+    """Bring a model's layers to the form that runs fastest on `device`, its matmul weights in
+    `dtype`: the kernels' on CUDA or where `kernels` asks for them, oneDNN's on a CPU. The model
+    then runs, and can be neither saved nor trained. Raises ValueError for kernels that cannot run.
+    """
+    check_kernels(kernels, attention, device)
+    if device.type == "cuda" or kernels in ("triton", "reference"):
+        fuse(model, dtype, kernels, kernels if attention == "auto" else attention)
+        return "fused"
     if device.type == "cpu" and can_pack():
-        return pack(model, dtype)
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(dtype)
+        pack(model, dtype)
+        return "packed"
+    store_matmul_weights(model, dtype)
+    return "plain"
 
 
 class Runner:
@@ -83,12 +103,19 @@ class Runner:
     guided slot takes a second row of the model, with AutoGuidance one of the guide."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, precision: torch.dtype, num_slots: int
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        precision: torch.dtype,
+        num_slots: int,
+        kernels: str = "auto",
+        attention: str = "auto",
     ) -> None:
         config = checkpoint.config
         self.config = config
         self.device = device
         self.precision = precision
+        self.kernels = kernels
         self.dit_dh = checkpoint.dit_dh.to(device)
         self.guide = checkpoint.guide.to(device) if checkpoint.guide else None
         self.rae = checkpoint.rae.to(device)
@@ -96,7 +123,7 @@ class Runner:
         self._guide_cost = sizes.get("guide", 0) / sizes["dit_dh"]
         for model in (self.dit_dh, self.guide, self.rae):
             if model is not None:
-                prepare(model, device, precision)
+                self.layers = prepare(model, device, precision, kernels, attention)
         self.latents = torch.zeros(num_slots, *config.dit_dh.latent_shape, device=device)
         self._slots: dict[int, tuple[ImageSpec, Plan]] = {}
         self._cached_plan = lru_cache(maxsize=1024)(self._make_plan)
@@ -136,10 +163,17 @@ class Runner:
         guided = [
             p.guidance.method if p.guided[i] else "" for p, (_, i) in zip(plans, rows, strict=True)
         ]
-        latents = self.latents[slots]
-        velocity = self._guided_velocity(latents, t, labels, scales.float(), guided)
-        dt = (t_next - t).view(-1, 1, 1, 1)
-        self.latents[slots] = latents + dt * velocity
+        velocity, guide_velocity, weak_rows = self._velocities(slots, t, labels, guided)
+        guided_euler(
+            self.latents,
+            slots,
+            t_next - t,
+            velocity,
+            weak_rows,
+            scales.float(),
+            guide_velocity,
+            kernels=self.kernels,
+        )
 
     @torch.inference_mode()
     def solve(self, slots: Sequence[int], solver: Solver) -> None:
@@ -159,24 +193,30 @@ class Runner:
                 guide=self.guide,
             )
 
-    def _guided_velocity(
-        self, latents: Tensor, t: Tensor, labels: Tensor, scales: Tensor, guided: list[str]
-    ) -> Tensor:
-        """`sampling.guided_velocity` with one evaluation of the model for all rows; fp32."""
-        num_rows, null_label = len(guided), self.config.dit_dh.null_label
+    def _velocities(
+        self, slots: Tensor, t: Tensor, labels: Tensor, guided: list[str]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """One evaluation of the model for all rows, null label's last, one of the guide, and
+        where each row's weaker velocity is, as `guided_euler` takes it."""
+        latents, null_label = self.latents[slots], self.config.dit_dh.null_label
         cfg, auto = (self._indices(guided, method) for method in ("cfg", "autoguidance"))
+        weak_rows = torch.full_like(slots, -1)
+        pairs = torch.cat([cfg, auto])
+        weak_rows[pairs] = len(slots) + torch.arange(len(pairs), device=self.device)
         with torch.autocast(self.device.type, self.precision, enabled=self.autocasts):
             velocity = self.dit_dh(
                 torch.cat([latents, latents[cfg]]),
                 torch.cat([t, t[cfg]]),
                 torch.cat([labels, torch.full_like(cfg, null_label)]),
-            ).float()
-            velocity, weak = velocity[:num_rows], velocity[num_rows:]
-            if self.guide is not None and len(auto):
-                weak = torch.cat([weak, self.guide(latents[auto], t[auto], labels[auto]).float()])
-        pairs = torch.cat([cfg, auto])
-        scales = scales[pairs].view(-1, 1, 1, 1)
-        return velocity.index_copy(0, pairs, weak + scales * (velocity[pairs] - weak))
+            )
+            if self.guide is None or not len(auto):
+                return velocity, None, weak_rows
+            return velocity, self.guide(latents[auto], t[auto], labels[auto]), weak_rows
+
+    @property
+    def implementations(self) -> dict[str, list[str]]:
+        """What ran so far, by op and shape: "triton", "library", ..."""
+        return selected() if self.layers == "fused" else {}
 
     @property
     def autocasts(self) -> bool:

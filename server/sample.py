@@ -73,7 +73,14 @@ def run(settings: SampleSettings, say: Say) -> int:
         refuse_existing(settings.out)
         checkpoint = load_checkpoint(folder, keep_bf16=True)
         with noted_signals() as signals, opened(settings.out, asdict(job), shape, say) as work:
-            runner = Runner(checkpoint, device, precision, settings.batch)
+            runner = Runner(
+                checkpoint,
+                device,
+                precision,
+                settings.batch,
+                kernels=job.kernels,
+                attention=job.attention,
+            )
             fill(work, runner, job, settings, signals, say)
             if signals:
                 made = job.num - len(work.missing)

@@ -267,12 +267,24 @@ class ModelInfo(BaseModel):
         )
 
 
+class KernelInfo(BaseModel):
+    """What runs between the matrix products."""
+
+    kernels: str
+    attention: str
+    layers: str = Field(description="fused: on the kernels; packed: oneDNN's on a CPU; plain.")
+    implementations: dict[str, list[str]] = Field(
+        description="What ran so far, by op and shape: triton, library, cudnn, flash, ..."
+    )
+
+
 class Info(BaseModel):
     version: str
     torch: str
     python: str
     device: str
     precision: str
+    kernels: KernelInfo
     solver: Literal["euler"] = "euler"
     sampler: str = "steps are grid points as published: steps − 1 evaluations of the model"
     limits: dict[str, int | float]

@@ -22,6 +22,8 @@ S = TypeVar("S", bound="DataclassInstance")
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "fp32", "bf16"]
+Kernels = Literal["auto", "triton", "library", "reference"]
+Attention = Literal["auto", "triton", "library", "cudnn", "flash", "flash-attn", "reference"]
 ImageFormat = Literal["png", "jpeg", "webp"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -67,6 +69,22 @@ class ModelSettings(FolderSettings):
         typer.Option(
             help="Precision of the matrix products; auto is bf16 on cuda and fp32 elsewhere.",
             envvar="RAE_PRECISION",
+            rich_help_panel=MODEL,
+        ),
+    ] = "auto"
+    kernels: Annotated[
+        Kernels,
+        typer.Option(
+            help="What runs between matrix products; auto is decided by op and shape.",
+            envvar="RAE_KERNELS",
+            rich_help_panel=MODEL,
+        ),
+    ] = "auto"
+    attention: Annotated[
+        Attention,
+        typer.Option(
+            help="The same for attention alone; auto does as --kernels says.",
+            envvar="RAE_ATTENTION",
             rich_help_panel=MODEL,
         ),
     ] = "auto"

@@ -16,13 +16,14 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 
 
-def run_parity(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "benchmarks" / "parity.py", folder]
+def run_parity(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "benchmarks" / "parity.py", folder, *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=110)
 
 
-def test_every_golden_output_is_reproduced() -> None:
-    result = run_parity(GOLDEN)
+@pytest.mark.parametrize("flags", [(), ("--kernels", "triton"), ("--kernels", "library")])
+def test_every_golden_output_is_reproduced(flags: tuple[str, ...]) -> None:
+    result = run_parity(GOLDEN, *flags)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert lines[-1].endswith("0 above their bound")

@@ -168,6 +168,8 @@ def test_images_are_those_of_denoise(
         "solver": solver,
         "device": "cpu",
         "precision": "fp32",
+        "kernels": "auto",
+        "attention": "auto",
         "pixels": pixels,
     }
     assert report["evaluations_per_image"] == (6 if solver == "euler" else 12)
