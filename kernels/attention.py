@@ -84,6 +84,8 @@ def check(
         raise ValueError(f"kernels {kernels!r} is not one of {', '.join(ALLOWED)}")
     if qkv.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"qkv is {qkv.dtype}: float32 and bfloat16 are known")
+    if num_heads < 1:
+        raise ValueError(f"num_heads {num_heads} is not positive")
     if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads) or not qkv.numel():
         raise ValueError(f"qkv {tuple(qkv.shape)} is not (B, N, 3·{num_heads}·d)")
     if qkv.stride(2) != 1:
@@ -134,8 +136,9 @@ def attention_library(
         rotated = launch_rope(heads, cos, sin) if on_gpu else rotate(heads[:, :, :2], cos, sin)
         q, k = rotated.unbind(2)
     if name == "flash-attn":
-        return flash_attn(q, k, v).flatten(2)
-    return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), name)
+        return flash_attn(q, k, v).flatten(2).contiguous()
+    # SDPA's result has the order of q's strides, which may be tokens before samples.
+    return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), name).contiguous()
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
@@ -230,10 +233,10 @@ def _rows(
     HEAD_DIM: tl.constexpr,
     END: tl.constexpr,
 ) -> tl.tensor:
-    """LANES lanes of a head's rows; zeros beyond its end, and from row END on if there is one."""
+    """LANES lanes of a head's rows; zeros beyond its end, and from row END on unless END is 0."""
     lane = FIRST + tl.arange(0, LANES)[None, :]
     x_ptr += row[:, None] * stride + lane
-    if END is not None:
+    if END:
         return tl.load(x_ptr, (row[:, None] < END) & (lane < HEAD_DIM), other=0.0)
     if FIRST + LANES > HEAD_DIM:
         return tl.load(x_ptr, lane < HEAD_DIM, other=0.0)
@@ -311,7 +314,7 @@ def _attend(
     scores = tl.dot(q, k.T, input_precision="ieee")
     if REST:
         scores = tl.dot(q_rest, k_rest.T, scores, input_precision="ieee")
-    if END is not None:
+    if END:
         scores = tl.where(token[None, :] < END, scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, 1) * SCALE)
     weights = tl.exp2(scores * SCALE - new_maximum[:, None])
@@ -344,7 +347,7 @@ def _attention_kernel(
     LAST: tl.constexpr,
 ) -> None:
     QUERY_BLOCKS: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
-    QUERY_END: tl.constexpr = tl.constexpr(TOKENS if TOKENS % BLOCK_M else None)
+    QUERY_END: tl.constexpr = TOKENS if TOKENS % BLOCK_M else 0
     FULL: tl.constexpr = TOKENS // BLOCK_N * BLOCK_N
     sample = (tl.program_id(0) // (QUERY_BLOCKS * HEADS)).to(tl.int64)
     head = tl.program_id(0) // QUERY_BLOCKS % HEADS
@@ -366,7 +369,7 @@ def _attention_kernel(
     for start in range(0, FULL, BLOCK_N):
         maximum, total, acc, acc_rest = _attend(
             q, q_rest, maximum, total, acc, acc_rest, k_ptr, v_ptr, cos_ptr, sin_ptr, start,
-            stride, HEAD_DIM, MAIN, REST, SCALE, DTYPE, BLOCK_N, None,
+            stride, HEAD_DIM, MAIN, REST, SCALE, DTYPE, BLOCK_N, 0,
         )  # fmt: skip
     if LAST:
         maximum, total, acc, acc_rest = _attend(
