@@ -1,7 +1,7 @@
 """Attention on the packed qkv projection, with the 2-D rotation of q and k inside.
 
-Eager code writes the rotated q and k to memory and reads them again, which at 256 tokens is more
-traffic than attention's own. The kernel rotates them in registers: q once, k once per query block.
+Eager code reads q and k, writes them rotated and reads them again: as much traffic again as
+attention's own, which is what 256 tokens cost. The kernel rotates them in registers: q once, k once per query block.
 A head of 72 is 64 + 16 lanes of the matrix units, where the next power of two is 128.
 """
 
@@ -198,7 +198,8 @@ def launch(
         cos,
         sin,
         out,
-        *qkv.stride()[:2],
+        qkv.stride(0),
+        STRIDE=qkv.stride(1),
         TOKENS=tokens,
         HEADS=num_heads,
         HEAD_DIM=head_dim,
@@ -227,7 +228,7 @@ def lanes(head_dim: int) -> tuple[int, int]:
 def _rows(
     x_ptr: tl.tensor,
     row: tl.tensor,
-    stride: tl.tensor,
+    STRIDE: tl.constexpr,
     FIRST: tl.constexpr,
     LANES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -235,7 +236,7 @@ def _rows(
 ) -> tl.tensor:
     """LANES lanes of a head's rows; zeros beyond its end, and from row END on unless END is 0."""
     lane = FIRST + tl.arange(0, LANES)[None, :]
-    x_ptr += row[:, None] * stride + lane
+    x_ptr += row[:, None] * STRIDE + lane
     if END:
         return tl.load(x_ptr, (row[:, None] < END) & (lane < HEAD_DIM), other=0.0)
     if FIRST + LANES > HEAD_DIM:
@@ -249,7 +250,8 @@ def _turn(
 ) -> tl.tensor:
     """fp32 x (ROWS, LANES) turned in interleaved pairs.
 
-    Each pair's angle is in the tables twice; who takes one of the two makes 4-byte loads of them.
+    The tables hold each pair's angle twice. Both are used: with one alone, ptxas splits the
+    16-byte loads of a table into 4-byte ones (sm_90, Triton 3.8).
     """
     x0, x1 = tl.split(tl.reshape(x, (ROWS, LANES // 2, 2)))
     return x * cos + tl.reshape(tl.join(-x1, x0), (ROWS, LANES)) * sin
@@ -261,7 +263,7 @@ def _turned_rows(
     cos_ptr: tl.tensor,
     sin_ptr: tl.tensor,
     row: tl.tensor,
-    stride: tl.tensor,
+    STRIDE: tl.constexpr,
     FIRST: tl.constexpr,
     LANES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -269,7 +271,7 @@ def _turned_rows(
     ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> tl.tensor:
-    x = _rows(x_ptr, row, stride, FIRST, LANES, HEAD_DIM, END)
+    x = _rows(x_ptr, row, STRIDE, FIRST, LANES, HEAD_DIM, END)
     if cos_ptr is not None:
         cos = _rows(cos_ptr, row, HEAD_DIM, FIRST, LANES, HEAD_DIM, END)
         sin = _rows(sin_ptr, row, HEAD_DIM, FIRST, LANES, HEAD_DIM, END)
@@ -290,7 +292,7 @@ def _attend(
     cos_ptr: tl.tensor,
     sin_ptr: tl.tensor,
     start: tl.tensor,
-    stride: tl.tensor,
+    STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     REST: tl.constexpr,
@@ -301,15 +303,15 @@ def _attend(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The online softmax over BLOCK keys from `start`. All loads come before the products."""
     token = start + tl.arange(0, BLOCK)
-    v = operand(_rows(v_ptr, token, stride, 0, MAIN, HEAD_DIM, END))
+    v = operand(_rows(v_ptr, token, STRIDE, 0, MAIN, HEAD_DIM, END))
     k = _turned_rows(
-        k_ptr, cos_ptr, sin_ptr, token, stride, 0, MAIN, HEAD_DIM, END, BLOCK, DTYPE
+        k_ptr, cos_ptr, sin_ptr, token, STRIDE, 0, MAIN, HEAD_DIM, END, BLOCK, DTYPE
     )  # fmt: skip
     v_rest, k_rest = v, k
     if REST:
-        v_rest = operand(_rows(v_ptr, token, stride, MAIN, REST, HEAD_DIM, END))
+        v_rest = operand(_rows(v_ptr, token, STRIDE, MAIN, REST, HEAD_DIM, END))
         k_rest = _turned_rows(
-            k_ptr, cos_ptr, sin_ptr, token, stride, MAIN, REST, HEAD_DIM, END, BLOCK, DTYPE
+            k_ptr, cos_ptr, sin_ptr, token, STRIDE, MAIN, REST, HEAD_DIM, END, BLOCK, DTYPE
         )
     scores = tl.dot(q, k.T, input_precision="ieee")
     if REST:
@@ -334,7 +336,7 @@ def _attention_kernel(
     sin_ptr: tl.tensor,
     out_ptr: tl.tensor,
     qkv_batch: tl.tensor,
-    stride: tl.tensor,
+    STRIDE: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -347,7 +349,7 @@ def _attention_kernel(
     LAST: tl.constexpr,
 ) -> None:
     QUERY_BLOCKS: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
-    QUERY_END: tl.constexpr = TOKENS if TOKENS % BLOCK_M else 0
+    QUERY_END: tl.constexpr = TOKENS * (TOKENS % BLOCK_M != 0)
     FULL: tl.constexpr = TOKENS // BLOCK_N * BLOCK_N
     sample = (tl.program_id(0) // (QUERY_BLOCKS * HEADS)).to(tl.int64)
     head = tl.program_id(0) // QUERY_BLOCKS % HEADS
@@ -355,12 +357,12 @@ def _attention_kernel(
     q_ptr = qkv_ptr + sample * qkv_batch + head * HEAD_DIM
     k_ptr, v_ptr = q_ptr + HEADS * HEAD_DIM, q_ptr + 2 * HEADS * HEAD_DIM
     q = _turned_rows(
-        q_ptr, cos_ptr, sin_ptr, token, stride, 0, MAIN, HEAD_DIM, QUERY_END, BLOCK_M, DTYPE
+        q_ptr, cos_ptr, sin_ptr, token, STRIDE, 0, MAIN, HEAD_DIM, QUERY_END, BLOCK_M, DTYPE
     )
     q_rest = q
     if REST:
         q_rest = _turned_rows(
-            q_ptr, cos_ptr, sin_ptr, token, stride, MAIN, REST, HEAD_DIM, QUERY_END, BLOCK_M, DTYPE
+            q_ptr, cos_ptr, sin_ptr, token, STRIDE, MAIN, REST, HEAD_DIM, QUERY_END, BLOCK_M, DTYPE
         )
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -369,12 +371,12 @@ def _attention_kernel(
     for start in range(0, FULL, BLOCK_N):
         maximum, total, acc, acc_rest = _attend(
             q, q_rest, maximum, total, acc, acc_rest, k_ptr, v_ptr, cos_ptr, sin_ptr, start,
-            stride, HEAD_DIM, MAIN, REST, SCALE, DTYPE, BLOCK_N, 0,
+            STRIDE, HEAD_DIM, MAIN, REST, SCALE, DTYPE, BLOCK_N, 0,
         )  # fmt: skip
     if LAST:
         maximum, total, acc, acc_rest = _attend(
             q, q_rest, maximum, total, acc, acc_rest, k_ptr, v_ptr, cos_ptr, sin_ptr, FULL,
-            stride, HEAD_DIM, MAIN, REST, SCALE, DTYPE, LAST, TOKENS,
+            STRIDE, HEAD_DIM, MAIN, REST, SCALE, DTYPE, LAST, TOKENS,
         )  # fmt: skip
     factor = 1 / total[:, None]
     out_ptr += (sample * TOKENS + token[:, None]) * (HEADS * HEAD_DIM) + head * HEAD_DIM

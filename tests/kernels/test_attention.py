@@ -64,7 +64,8 @@ def heads_of(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None) ->
 
 def chain(qkv: Tensor, heads: int, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """The eager layer's, in the tensors' own dtype: RoPE, a cast, then PyTorch's attention."""
-    out = F.scaled_dot_product_attention(*heads_of(qkv, heads, cos, sin))
+    q, k, v = heads_of(qkv, heads, cos, sin)
+    out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -165,15 +166,15 @@ def test_reference_is_exact() -> None:
 def test_flash_attn_takes_token_major_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-        swapped = [x.transpose(1, 2) for x in (q, k, v)]
-        return F.scaled_dot_product_attention(*swapped).transpose(1, 2).contiguous()
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
 
     qkv, (cos, sin) = draw((2, 20, 2, 24), torch.float32), tables(20, 24)
     package = SimpleNamespace(flash_attn_func=flash_attn_func)
-    monkeypatch.setitem(sys.modules, "flash_attn", package)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
     out = attention(qkv, 2, cos, sin, kernels="flash-attn")
     assert error(out, exact(qkv, 2, cos, sin)) < 3e-7
-    monkeypatch.setitem(sys.modules, "flash_attn", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(ValueError, match=r"pip install 'rae-server\[flash-attn\]'"):
         attention(qkv, 2, cos, sin, kernels="flash-attn")
 
@@ -217,7 +218,7 @@ def test_compiled_is_eager(kernels: str) -> None:
 def test_wrong_operands_are_named() -> None:
     qkv, (cos, sin) = draw((2, 16, 2, 12), torch.float32), tables(16, 12)
     assert cos is not None
-    call: Callable[..., Tensor] = attention
+    call: Callable[..., Tensor] = attention  # the operands below are of any kind
     wrong: list[tuple[tuple[Tensor | int | None, ...], str]] = [
         ((qkv[0], 2, cos, sin), r"qkv \(16, 72\) is not \(B, N, 3·2·d\)"),
         ((qkv[:0], 2, cos, sin), r"qkv \(0, 16, 72\)"),
