@@ -1,8 +1,9 @@
 """Attention on the packed qkv projection, with the 2-D rotation of q and k inside.
 
 Eager code reads q and k, writes them rotated and reads them again: as much traffic again as
-attention's own, which is what 256 tokens cost. The kernel rotates them in registers: q once, k once per query block.
-A head of 72 is 64 + 16 lanes of the matrix units, where the next power of two is 128.
+attention's own, and at 256 tokens traffic is the floor. The kernel rotates them in registers: q
+once, k once per query block. A head of 72 is 64 + 16 lanes of the matrix units, where the
+next power of two is 128.
 """
 
 from __future__ import annotations
