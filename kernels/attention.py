@@ -1,13 +1,15 @@
 """Attention on the packed qkv projection, with the 2-D rotation of q and k inside.
 
-Eager code writes the rotated q and k to memory and reads them again, which at 256 tokens is more
-traffic than attention's own. The kernel rotates them in registers: q once, k once per query block.
-A head of 72 is 64 + 16 lanes of the matrix units, where the next power of two is 128.
+Eager code reads q and k, writes them rotated and reads them again: as much traffic again as
+attention's own, and at 256 tokens traffic is the floor. The kernel rotates them in registers: q
+once, k once per query block. A head of 72 is 64 + 16 lanes of the matrix units, where the
+next power of two is 128.
 """
 
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import get_args
 
 import torch
@@ -17,7 +19,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_fla
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rae.kernels.dispatch import Choice, select
-from rae.kernels.lang import interprets, jit, narrow, operand, tl, triton, triton_dtype
+from rae.kernels.lang import jit, narrow, operand, tl, triton, triton_dtype
 
 ALLOWED = ("auto", *get_args(Choice))
 # The order in which "library" tries them; the others are SDPA with that backend alone.
@@ -83,6 +85,8 @@ def check(
         raise ValueError(f"kernels {kernels!r} is not one of {', '.join(ALLOWED)}")
     if qkv.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"qkv is {qkv.dtype}: float32 and bfloat16 are known")
+    if num_heads < 1:
+        raise ValueError(f"num_heads {num_heads} is not positive")
     if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads) or not qkv.numel():
         raise ValueError(f"qkv {tuple(qkv.shape)} is not (B, N, 3·{num_heads}·d)")
     if qkv.stride(2) != 1:
@@ -133,8 +137,9 @@ def attention_library(
         rotated = launch_rope(heads, cos, sin) if on_gpu else rotate(heads[:, :, :2], cos, sin)
         q, k = rotated.unbind(2)
     if name == "flash-attn":
-        return flash_attn(q, k, v).flatten(2)
-    return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), name)
+        return flash_attn(q, k, v).flatten(2).contiguous()
+    # SDPA's result has the order of q's strides, which may be tokens before samples.
+    return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), name).contiguous()
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
@@ -161,12 +166,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, name: str) -> Tensor:
 def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The flash_attn package's attention on (B, N, H, d). Raises ValueError without it."""
     try:
-        from flash_attn import flash_attn_func
+        package = import_module("flash_attn")
     except ImportError as error:
         raise ValueError(
             "kernels 'flash-attn' needs a package: pip install 'rae-server[flash-attn]'"
         ) from error
-    return flash_attn_func(q, k, v)
+    return package.flash_attn_func(q, k, v)
 
 
 def launch(
@@ -179,8 +184,12 @@ def launch(
     block_n: int,
     num_warps: int,
     num_stages: int,
+    maxnreg: int | None = None,
 ) -> Tensor:
-    """`rae::attention` by the kernel: `block_m` queries to a program, `block_n` keys at a time."""
+    """`rae::attention` by the kernel: `block_m` queries to a program, `block_n` keys at a time.
+
+    `maxnreg` bounds a thread's registers: at 128, two programs of 8 warps share a multiprocessor.
+    """
     batch, tokens, width = qkv.shape
     head_dim = width // (3 * num_heads)
     main, rest = lanes(head_dim)
@@ -190,7 +199,8 @@ def launch(
         cos,
         sin,
         out,
-        *qkv.stride()[:2],
+        qkv.stride(0),
+        STRIDE=qkv.stride(1),
         TOKENS=tokens,
         HEADS=num_heads,
         HEAD_DIM=head_dim,
@@ -203,6 +213,7 @@ def launch(
         LAST=max(16, triton.next_power_of_2(tokens % block_n)) if tokens % block_n else 0,
         num_warps=num_warps,
         num_stages=num_stages,
+        maxnreg=maxnreg,
     )
     return out
 
@@ -217,57 +228,55 @@ def lanes(head_dim: int) -> tuple[int, int]:
 @jit
 def _rows(
     x_ptr: tl.tensor,
-    token: tl.tensor,
-    token_stride: tl.tensor,
+    row: tl.tensor,
+    STRIDE: tl.constexpr,
     FIRST: tl.constexpr,
     LANES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    MASKED: tl.constexpr,
+    END: tl.constexpr,
 ) -> tl.tensor:
-    """LANES lanes of a head's rows; zeros beyond its end and, if MASKED, beyond the last token."""
+    """LANES lanes of a head's rows; zeros beyond its end, and from row END on unless END is 0."""
     lane = FIRST + tl.arange(0, LANES)[None, :]
-    x_ptr += token[:, None] * token_stride + lane
-    if MASKED:
-        return tl.load(x_ptr, (token[:, None] < TOKENS) & (lane < HEAD_DIM), other=0.0)
+    x_ptr += row[:, None] * STRIDE + lane
+    if END:
+        return tl.load(x_ptr, (row[:, None] < END) & (lane < HEAD_DIM), other=0.0)
     if FIRST + LANES > HEAD_DIM:
         return tl.load(x_ptr, lane < HEAD_DIM, other=0.0)
     return tl.load(x_ptr)
 
 
 @jit
-def _even(x: tl.tensor) -> tl.tensor:
-    even, _ = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-    return even
+def _turn(
+    x: tl.tensor, cos: tl.tensor, sin: tl.tensor, ROWS: tl.constexpr, LANES: tl.constexpr
+) -> tl.tensor:
+    """fp32 x (ROWS, LANES) turned in interleaved pairs.
+
+    The tables hold each pair's angle twice. Both are used: with one alone, ptxas splits the
+    16-byte loads of a table into 4-byte ones (sm_90, Triton 3.8).
+    """
+    x0, x1 = tl.split(tl.reshape(x, (ROWS, LANES // 2, 2)))
+    return x * cos + tl.reshape(tl.join(-x1, x0), (ROWS, LANES)) * sin
 
 
 @jit
-def _turn(x: tl.tensor, cos: tl.tensor, sin: tl.tensor) -> tl.tensor:
-    """fp32 x (rows, lanes) turned in interleaved pairs; a table holds each pair's angle twice."""
-    x0, x1 = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-    cos, sin = _even(cos), _even(sin)
-    return tl.reshape(tl.join(x0 * cos - x1 * sin, x1 * cos + x0 * sin), x.shape)
-
-
-@jit
-def _rotated_rows(
+def _turned_rows(
     x_ptr: tl.tensor,
     cos_ptr: tl.tensor,
     sin_ptr: tl.tensor,
-    token: tl.tensor,
-    token_stride: tl.tensor,
+    row: tl.tensor,
+    STRIDE: tl.constexpr,
     FIRST: tl.constexpr,
     LANES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    MASKED: tl.constexpr,
+    END: tl.constexpr,
+    ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> tl.tensor:
-    x = _rows(x_ptr, token, token_stride, FIRST, LANES, HEAD_DIM, TOKENS, MASKED)
+    x = _rows(x_ptr, row, STRIDE, FIRST, LANES, HEAD_DIM, END)
     if cos_ptr is not None:
-        cos = _rows(cos_ptr, token, HEAD_DIM, FIRST, LANES, HEAD_DIM, TOKENS, MASKED)
-        sin = _rows(sin_ptr, token, HEAD_DIM, FIRST, LANES, HEAD_DIM, TOKENS, MASKED)
-        x = narrow(_turn(x.to(tl.float32), cos, sin), DTYPE)
+        cos = _rows(cos_ptr, row, HEAD_DIM, FIRST, LANES, HEAD_DIM, END)
+        sin = _rows(sin_ptr, row, HEAD_DIM, FIRST, LANES, HEAD_DIM, END)
+        x = narrow(_turn(x.to(tl.float32), cos, sin, ROWS, LANES), DTYPE)
     return operand(x)
 
 
@@ -284,42 +293,32 @@ def _attend(
     cos_ptr: tl.tensor,
     sin_ptr: tl.tensor,
     start: tl.tensor,
-    token_stride: tl.tensor,
-    TOKENS: tl.constexpr,
+    STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     REST: tl.constexpr,
     SCALE: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
+    END: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """The online softmax over BLOCK keys from `start`."""
+    """The online softmax over BLOCK keys from `start`. All loads come before the products."""
     token = start + tl.arange(0, BLOCK)
-    v = operand(_rows(v_ptr, token, token_stride, 0, MAIN, HEAD_DIM, TOKENS, MASKED))
+    v = operand(_rows(v_ptr, token, STRIDE, 0, MAIN, HEAD_DIM, END))
+    k = _turned_rows(
+        k_ptr, cos_ptr, sin_ptr, token, STRIDE, 0, MAIN, HEAD_DIM, END, BLOCK, DTYPE
+    )  # fmt: skip
+    v_rest, k_rest = v, k
     if REST:
-        v_rest = operand(_rows(v_ptr, token, token_stride, MAIN, REST, HEAD_DIM, TOKENS, MASKED))
-    k = _rotated_rows(
-        k_ptr, cos_ptr, sin_ptr, token, token_stride, 0, MAIN, HEAD_DIM, TOKENS, MASKED, DTYPE
-    )
+        v_rest = operand(_rows(v_ptr, token, STRIDE, MAIN, REST, HEAD_DIM, END))
+        k_rest = _turned_rows(
+            k_ptr, cos_ptr, sin_ptr, token, STRIDE, MAIN, REST, HEAD_DIM, END, BLOCK, DTYPE
+        )
     scores = tl.dot(q, k.T, input_precision="ieee")
     if REST:
-        k = _rotated_rows(
-            k_ptr,
-            cos_ptr,
-            sin_ptr,
-            token,
-            token_stride,
-            MAIN,
-            REST,
-            HEAD_DIM,
-            TOKENS,
-            MASKED,
-            DTYPE,
-        )
-        scores = tl.dot(q_rest, k.T, scores, input_precision="ieee")
-    if MASKED:
-        scores = tl.where(token[None, :] < TOKENS, scores, float("-inf"))
+        scores = tl.dot(q_rest, k_rest.T, scores, input_precision="ieee")
+    if END:
+        scores = tl.where(token[None, :] < END, scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, 1) * SCALE)
     weights = tl.exp2(scores * SCALE - new_maximum[:, None])
     decay = tl.exp2(maximum - new_maximum)
@@ -338,7 +337,7 @@ def _attention_kernel(
     sin_ptr: tl.tensor,
     out_ptr: tl.tensor,
     qkv_batch: tl.tensor,
-    qkv_token: tl.tensor,
+    STRIDE: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -351,30 +350,20 @@ def _attention_kernel(
     LAST: tl.constexpr,
 ) -> None:
     QUERY_BLOCKS: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
+    QUERY_END: tl.constexpr = TOKENS * (TOKENS % BLOCK_M != 0)
     FULL: tl.constexpr = TOKENS // BLOCK_N * BLOCK_N
-    QUERIES_MASKED: tl.constexpr = TOKENS % BLOCK_M != 0
-    row = tl.program_id(0) // QUERY_BLOCKS
-    sample, head = (row // HEADS).to(tl.int64), row % HEADS
+    sample = (tl.program_id(0) // (QUERY_BLOCKS * HEADS)).to(tl.int64)
+    head = tl.program_id(0) // QUERY_BLOCKS % HEADS
     token = tl.program_id(0) % QUERY_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     q_ptr = qkv_ptr + sample * qkv_batch + head * HEAD_DIM
     k_ptr, v_ptr = q_ptr + HEADS * HEAD_DIM, q_ptr + 2 * HEADS * HEAD_DIM
-    q = _rotated_rows(
-        q_ptr, cos_ptr, sin_ptr, token, qkv_token, 0, MAIN, HEAD_DIM, TOKENS, QUERIES_MASKED, DTYPE
+    q = _turned_rows(
+        q_ptr, cos_ptr, sin_ptr, token, STRIDE, 0, MAIN, HEAD_DIM, QUERY_END, BLOCK_M, DTYPE
     )
     q_rest = q
     if REST:
-        q_rest = _rotated_rows(
-            q_ptr,
-            cos_ptr,
-            sin_ptr,
-            token,
-            qkv_token,
-            MAIN,
-            REST,
-            HEAD_DIM,
-            TOKENS,
-            QUERIES_MASKED,
-            DTYPE,
+        q_rest = _turned_rows(
+            q_ptr, cos_ptr, sin_ptr, token, STRIDE, MAIN, REST, HEAD_DIM, QUERY_END, BLOCK_M, DTYPE
         )
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -383,21 +372,22 @@ def _attention_kernel(
     for start in range(0, FULL, BLOCK_N):
         maximum, total, acc, acc_rest = _attend(
             q, q_rest, maximum, total, acc, acc_rest, k_ptr, v_ptr, cos_ptr, sin_ptr, start,
-            qkv_token, TOKENS, HEAD_DIM, MAIN, REST, SCALE, DTYPE, BLOCK_N, False,
+            STRIDE, HEAD_DIM, MAIN, REST, SCALE, DTYPE, BLOCK_N, 0,
         )  # fmt: skip
     if LAST:
         maximum, total, acc, acc_rest = _attend(
             q, q_rest, maximum, total, acc, acc_rest, k_ptr, v_ptr, cos_ptr, sin_ptr, FULL,
-            qkv_token, TOKENS, HEAD_DIM, MAIN, REST, SCALE, DTYPE, LAST, True,
+            STRIDE, HEAD_DIM, MAIN, REST, SCALE, DTYPE, LAST, TOKENS,
         )  # fmt: skip
+    factor = 1 / total[:, None]
     out_ptr += (sample * TOKENS + token[:, None]) * (HEADS * HEAD_DIM) + head * HEAD_DIM
     lane = tl.arange(0, MAIN)[None, :]
     mask = (token[:, None] < TOKENS) & (lane < HEAD_DIM)
-    tl.store(out_ptr + lane, narrow(acc / total[:, None], DTYPE), mask)
+    tl.store(out_ptr + lane, narrow(acc * factor, DTYPE), mask)
     if REST:
         lane = MAIN + tl.arange(0, REST)[None, :]
         mask = (token[:, None] < TOKENS) & (lane < HEAD_DIM)
-        tl.store(out_ptr + lane, narrow(acc_rest / total[:, None], DTYPE), mask)
+        tl.store(out_ptr + lane, narrow(acc_rest * factor, DTYPE), mask)
 
 
 def launch_rope(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -443,9 +433,9 @@ def _rope_kernel(
     row = tl.arange(0, BLOCK_ROWS)
     lane = tl.arange(0, LANES)[None, :]
     x_ptr += sample * x_batch + token * x_token
-    x = _rows(x_ptr, row, HEAD_DIM, 0, LANES, HEAD_DIM, ROWS, True).to(tl.float32)
+    x = _rows(x_ptr, row, HEAD_DIM, 0, LANES, HEAD_DIM, ROWS).to(tl.float32)
     cos = tl.load(cos_ptr + token * HEAD_DIM + lane, lane < HEAD_DIM, other=0.0)
     sin = tl.load(sin_ptr + token * HEAD_DIM + lane, lane < HEAD_DIM, other=0.0)
     out_ptr += (sample * TOKENS + token) * (ROWS * HEAD_DIM) + row[:, None] * HEAD_DIM + lane
     mask = (row[:, None] < ROWS) & (lane < HEAD_DIM)
-    tl.store(out_ptr, narrow(_turn(x, cos, sin), DTYPE), mask)
+    tl.store(out_ptr, narrow(_turn(x, cos, sin, BLOCK_ROWS, LANES), DTYPE), mask)
