@@ -45,11 +45,14 @@ def fuse(module: nn.Module, dtype: torch.dtype, kernels: str, attention: str) ->
     for part in list(module.modules()):
         if isinstance(part, DiTDH):
             for index, block in enumerate(part.blocks):
+                assert isinstance(block, Block)
                 ends_stream = index == part.config.depth - 1
                 part.blocks[index] = FusedBlock(block, dtype, kernels, attention, ends_stream)
-            part.final_layer = FusedFinalLayer(part.final_layer, dtype, kernels)
+            final = FusedFinalLayer(part.final_layer, dtype, kernels)
+            setattr(part, "final_layer", final)  # noqa: B010 - of another class than the plain one
         elif isinstance(part, DecoderLayer):
-            part.attention = FusedDecoderAttention(part.attention, attention)
+            fused = FusedDecoderAttention(part.attention, attention)
+            setattr(part, "attention", fused)  # noqa: B010
     store_matmul_weights(module, dtype)
 
 
@@ -64,17 +67,18 @@ class FusedBlock(nn.Module):
         self.norm1 = NormSite(block.norm1, dtype, kernels)
         self.norm2 = NormSite(block.norm2, dtype, kernels)
         self.attn = FusedAttention(block.attn, attention)
-        is_swiglu = isinstance(block.mlp, SwiGLU)
-        self.mlp = FusedSwiGLU(block.mlp, kernels) if is_swiglu else block.mlp
+        mlp = block.mlp
+        self.mlp = FusedSwiGLU(mlp, kernels) if isinstance(mlp, SwiGLU) else mlp
         self.adaLN_modulation = block.adaLN_modulation
 
     def forward(self, x: Tensor | Pending, c: Tensor, rope: RotaryEmbedding) -> Tensor | Pending:
         """x (B, N, D); c (B, 1, D) or (B, N, D)."""
         modulation = self.adaLN_modulation(c).chunk(6, dim=-1)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        x, h = self.norm1(x, shift_msa, scale_msa)
-        x, h = self.norm2(Pending(x, self.attn(h, rope), gate_msa), shift_mlp, scale_mlp)
-        pending = Pending(x, self.mlp(h), gate_mlp)
+        stream, h = self.norm1(x, shift_msa, scale_msa)
+        pending = Pending(stream, self.attn(h, rope), gate_msa)
+        stream, h = self.norm2(pending, shift_mlp, scale_mlp)
+        pending = Pending(stream, self.mlp(h), gate_mlp)
         return gated_residual(*pending, kernels=self.kernels) if self.ends_stream else pending
 
 
