@@ -6,7 +6,7 @@ ROOMS := $(wildcard server kernels models training)
 # As the `rae` command sets it; server/cli.py says why.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: install serve test test-slow check wheel clean typecheck-links
+.PHONY: install serve test test-slow kernels-compile gpu check wheel clean typecheck-links
 
 install: .venv/.installed
 
@@ -29,6 +29,18 @@ test: .venv/.installed
 # The published models at their true size.
 test-slow: .venv/.installed
 	$(BIN)/pytest -m slow $(ARGS)
+
+# What the compilers of both supported Tritons say of the kernels; no GPU is needed.
+kernels-compile: .venv/.installed .venv-triton3.6/.installed
+	$(BIN)/python benchmarks/compile_kernels.py --csv benchmarks/results/compile/triton-3.8.csv
+	PYTHONPATH=.venv-triton3.6 $(BIN)/python benchmarks/compile_kernels.py \
+	    --csv benchmarks/results/compile/triton-3.6.csv
+
+# The oldest Triton, over the rest of .venv.
+.venv-triton3.6/.installed:
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps \
+	    --target .venv-triton3.6 triton==3.6.0
+	@touch $@
 
 check: .venv/.installed typecheck-links
 	$(BIN)/ruff check .
