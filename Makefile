@@ -42,6 +42,11 @@ kernels-compile: .venv/.installed .venv-triton3.6/.installed
 	    --target .venv-triton3.6 triton==3.6.0
 	@touch $@
 
+# On a machine with a GPU; OUT and UPSTREAM as benchmarks/gpu.sh says.
+OUT ?= benchmarks/results/gpu
+gpu: .venv/.installed
+	benchmarks/gpu.sh $(OUT)
+
 check: .venv/.installed typecheck-links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -24,7 +24,7 @@ def test_every_entry_compiles_without_spills(architecture: str, tmp_path: Path) 
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    rows = list(csv.DictReader(path.open()))
+    rows = list(csv.DictReader(path.read_text().splitlines()))
     compiled = {(row["case"].split(", ")[0], row["config"]) for row in rows}
     for entry in Table.read(TABLES / f"sm_{architecture}.json").entries:
         config = " ".join(f"{name} {value}" for name, value in entry.config.items())
