@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 
 from rae.kernels import adaln, tune
 from rae.kernels.dispatch import Table
-from rae.kernels.tune import Op, Shape
+from rae.kernels.tune_problems import Op, Shape
 from rae.server.cli import app
 from tests.kernels.conftest import DEVICE
 
@@ -43,7 +45,7 @@ def test_a_table_of_what_was_measured(tmp_path: Path) -> None:
         assert "triton" in entry.p50_us
         assert entry.choice == min(entry.p50_us, key=entry.p50_us.__getitem__)
         assert entry.config in CANDIDATES[shape.op]
-        other = table.find(shape.op, "bfloat16", {name: 10**6 for name in shape.dims})
+        other = table.find(shape.op, "bfloat16", dict.fromkeys(shape.dims, 10**6))
         assert other.dims == {}
 
 
@@ -67,6 +69,16 @@ def test_a_candidate_that_fails_is_left_out(
     assert "'block_rows': 1, 'num_warps': 4} is left out" in caplog.text
 
 
+def test_a_candidate_that_spills_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    spills = iter([4, 0, 0])
+    monkeypatch.setattr(
+        tune, "launched", lambda: nullcontext([SimpleNamespace(n_spills=next(spills))])
+    )
+    entry = tune.tune(torch.device(DEVICE), SHAPES[:1], CANDIDATES).entries[0]
+    assert entry.config == {"block_rows": 2, "num_warps": 4}
+    assert set(entry.p50_us) == {"triton", "library"}
+
+
 def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([3.0, 2.0, 1.0] + [1.0, 2.0, 3.0])
     monkeypatch.setattr(tune, "median_us", lambda call, device: next(times))
@@ -74,6 +86,15 @@ def test_the_fastest_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first.choice, first.config["block_rows"]) == ("library", 2)
     assert first.p50_us == {"triton": 2.0, "library": 1.0}
     assert (second.choice, second.config["block_rows"]) == ("triton", 1)
+
+
+def test_a_shape_beyond_the_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def beyond(*_: object) -> list[Tensor]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(adaln, "adaln_ref", beyond)
+    table = tune.tune(torch.device(DEVICE), (SHAPES[0], SHAPES[3]), CANDIDATES)
+    assert [entry.op for entry in table.entries if entry.dims] == ["guided_euler"]
 
 
 def test_the_command_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
