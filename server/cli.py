@@ -178,6 +178,21 @@ def sample(settings: SampleSettings) -> None:
     raise typer.Exit(exit_code)
 
 
+@app.command()
+def tune(
+    out: Annotated[
+        Path | None, typer.Option(help="The file; else the GPU's, as rae reads.")
+    ] = None,
+) -> None:
+    """Measure the kernels on this GPU, and write the table that picks them."""
+    from rae.kernels.tune import tune_gpu
+
+    try:
+        typer.echo(tune_gpu(out, typer.echo))
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(str(error))
+
+
 @app.command(context_settings=FORWARDED, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train a model: `rae train digits --out DIR`."""
