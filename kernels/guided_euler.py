@@ -31,7 +31,8 @@ def guided_euler(
         latents: (S, ...) fp32, the slots' latents.
         slots: (n,) int64, the slot of each row; distinct, or -1 for a row that only pads.
         dt: (n,) fp32, t_next − t, so negative.
-        velocity: (R, ...) fp32 or bf16, R >= n; the rows' own come first, in their order.
+        velocity: (R, ...) fp32 or bf16, R >= n; the rows' own come first, in their order. Copied
+            where it is not contiguous.
         weak_rows: (n,) int64, where a row's weaker velocity is: a row of `velocity`, R + a row of
             `guide_velocity`, or -1 for a row without guidance.
         scales: (n,) fp32, guidance scales; not read where weak_rows is -1.
@@ -40,6 +41,8 @@ def guided_euler(
 
     Raises ValueError for shapes, layouts and dtypes that are none of these.
     """
+    velocity = velocity.contiguous()  # a model's is a view of its tokens
+    guide_velocity = None if guide_velocity is None else guide_velocity.contiguous()
     _guided_euler(latents, slots, dt, velocity, weak_rows, scales, guide_velocity, kernels)
 
 
