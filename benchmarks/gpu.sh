@@ -21,6 +21,7 @@ nvidia-smi >"$out/nvidia-smi.txt" 2>&1
 run kernels "$python" -m pytest -p no:cacheprovider tests/kernels -x -q
 run parity "$python" benchmarks/parity.py tests/golden --device cuda --kernels triton
 run tune "$python" -m rae.server tune --out "$out/tuning.json"
+run step "$python" benchmarks/step.py
 run ops "$python" benchmarks/ops.py --device cuda --out "$out/ops"
 if [[ -n ${UPSTREAM:-} ]]; then
     run forward "$python" benchmarks/forward.py --upstream "$UPSTREAM" --device cuda --batch 32 \
