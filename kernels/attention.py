@@ -115,8 +115,9 @@ def attention_ref(qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor |
     if cos is not None and sin is not None:
         heads = torch.cat([rotate(heads[:, :, :2], cos, sin), heads[:, :, 2:]], dim=2)
     q, k, v = heads.to(wide).permute(2, 0, 3, 1, 4)  # (B, H, N, d)
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2).to(qkv.dtype)
+    with torch.autocast(qkv.device.type, enabled=False):
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2).to(qkv.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -122,7 +122,8 @@ def whole(dim: int, dtype: torch.dtype) -> bool:
 def swiglu_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`rae::swiglu` in plain PyTorch, in fp32, or fp64 for an fp64 x."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return silu_mul_ref(F.linear(x.to(wide), weight.to(wide), bias.to(wide))).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return silu_mul_ref(F.linear(x.to(wide), weight.to(wide), bias.to(wide))).to(x.dtype)
 
 
 def silu_mul_ref(pairs: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rae.kernels.attention import attention
+from rae.kernels.swiglu import swiglu
 from rae.models.config import DecoderConfig, DiTDHConfig
 from rae.models.decoder import Decoder
 from rae.models.dit_dh import DiTDH
@@ -84,6 +86,16 @@ def test_a_decoder_gives_the_plain_layers_numbers(kernels: str) -> None:
     exact = copy.deepcopy(decoder).double()(tokens.double())
     fuse(decoder, torch.float32, kernels, kernels)
     assert error(decoder(tokens), exact) < 1e-6
+
+
+def test_the_references_are_fp32_under_autocast_too() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 16), torch.randn(256, 16), torch.randn(256)
+    qkv = torch.randn(1, 5, 96)
+    expected = swiglu(x, weight, bias, "reference"), attention(qkv, 4, None, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert swiglu(x, weight, bias, "reference").equal(expected[0])
+        assert attention(qkv, 4, None, None).equal(expected[1])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, about its compiler's caches
