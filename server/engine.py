@@ -97,7 +97,7 @@ class Engine:
         anything), EngineClosedError after `close`.
         """
         request = Request(request_id)
-        request.samples = [Sample(spec, request, self._runner.plan(spec).costs) for spec in specs]
+        request.samples = [Sample(spec, request, self._runner.plan(spec)) for spec in specs]
         cost = sum(sample.remaining_cost for sample in request.samples)
         with self._wake:
             if self._closing:

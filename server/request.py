@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rae.models.config import GuidanceMethod
 
 if TYPE_CHECKING:
     import numpy as np
+
+Priority = Literal["low", "normal", "high"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,28 @@ class ImageSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the images of one setting are evaluated; the numbers are those of fp32.
+
+    `times` are the grid's points. `guided` says at which evaluations there is a second, weaker
+    branch, of the model ("cfg") or of the guide. `costs` is what remains before each evaluation, in
+    rows of the model (a row of the guide counts by its parameters), and falls to 0 at the end.
+    """
+
+    times: tuple[float, ...]
+    scale: float
+    method: GuidanceMethod
+    guided: tuple[bool, ...]
+    costs: tuple[float, ...]
+
+    def model_rows(self, step: int) -> int:
+        return 2 if self.guided[step] and self.method == "cfg" else 1
+
+    def guide_rows(self, step: int) -> int:
+        return 1 if self.guided[step] and self.method == "autoguidance" else 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generated:
     """The images of one request, (H, W, 3) uint8 each, and where the time went, in seconds."""
 
@@ -50,15 +75,14 @@ class Sample:
 
     spec: ImageSpec
     request: Request
-    costs: Sequence[float]
-    """Cost of what remains before each evaluation, in rows of the model: falls to 0 at the end."""
+    plan: Plan
     slot: int = -1
     step: int = 0
     image: np.ndarray | None = None
 
     @property
     def remaining_cost(self) -> float:
-        return self.costs[self.step]
+        return self.plan.costs[self.step]
 
     @property
     def denoised(self) -> bool:
@@ -71,6 +95,11 @@ class Request:
     a request is cancelled. Times are of `perf_counter`, in seconds."""
 
     id: str
+    client: str = ""
+    weight: float = 1.0
+    """The client's share of the device, against that of other clients."""
+    priority: Priority = "normal"
+    deadline: float = math.inf
     samples: list[Sample] = field(default_factory=list)
     future: Future[Generated] = field(default_factory=Future)
     submitted_at: float = field(default_factory=time.perf_counter)

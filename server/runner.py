@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import Literal
@@ -20,17 +19,7 @@ from rae.models.cpu import can_pack, pack
 from rae.models.fused import fuse
 from rae.models.layers import store_matmul_weights
 from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
-from rae.server.request import ImageSpec
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The grid of one image, and at which evaluations it has a second, weaker branch."""
-
-    grid: Tensor
-    guidance: Guidance
-    guided: tuple[bool, ...]
-    costs: tuple[float, ...]
+from rae.server.request import ImageSpec, Plan
 
 
 class NonFiniteError(Exception):
@@ -144,7 +133,13 @@ class Runner:
         guided = tuple(guidance.active(grid[:-1]).tolist())
         second = self._guide_cost if method == "autoguidance" else 1.0
         falling = accumulate((1 + second * flag for flag in reversed(guided)), initial=0.0)
-        return Plan(grid, guidance, guided, tuple(falling)[::-1])
+        return Plan(
+            times=tuple(grid.tolist()),
+            scale=cfg,
+            method=method,
+            guided=guided,
+            costs=tuple(falling)[::-1],
+        )
 
     def start(self, slot: int, spec: ImageSpec) -> None:
         """Put an image's noise into a slot."""
@@ -156,13 +151,13 @@ class Runner:
         """One evaluation and Euler update for each (slot, step) of `rows`; slots are distinct."""
         slots = torch.tensor([slot for slot, _ in rows], device=self.device)
         specs, plans = zip(*(self._slots[slot] for slot, _ in rows), strict=True)
-        ends = torch.stack([p.grid[i : i + 2] for p, (_, i) in zip(plans, rows, strict=True)])
+        ends = torch.tensor(
+            [p.times[i : i + 2] for p, (_, i) in zip(plans, rows, strict=True)], dtype=torch.float32
+        )
         t, t_next = ends.to(self.device).unbind(1)
         labels = torch.tensor([spec.class_label for spec in specs], device=self.device)
-        scales = torch.tensor([plan.guidance.scale for plan in plans], device=self.device)
-        guided = [
-            p.guidance.method if p.guided[i] else "" for p, (_, i) in zip(plans, rows, strict=True)
-        ]
+        scales = torch.tensor([plan.scale for plan in plans], device=self.device)
+        guided = [p.method if p.guided[i] else "" for p, (_, i) in zip(plans, rows, strict=True)]
         velocity, guide_velocity, weak_rows = self._velocities(slots, t, labels, guided)
         guided_euler(
             self.latents,
@@ -186,9 +181,9 @@ class Runner:
                 self.dit_dh,
                 self.latents[indices],
                 torch.tensor([spec.class_label for spec in specs], device=self.device),
-                plans[0].grid,
+                torch.tensor(plans[0].times),
                 solver=solver,
-                guidance=plans[0].guidance,
+                guidance=Guidance(plans[0].scale, specs[0].guidance_interval, plans[0].method),
                 null_label=self.config.dit_dh.null_label,
                 guide=self.guide,
             )

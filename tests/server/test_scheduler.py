@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rae.server.request import ImageSpec, Request, Sample
+from rae.server.request import ImageSpec, Plan, Request, Sample
 from rae.server.scheduler import Scheduler
 
 
@@ -12,8 +12,11 @@ def make_request(name: str, *steps: int, branch: float = 0.0) -> Request:
     request = Request(name)
     for count in steps:
         spec = ImageSpec(class_label=0, seed=0, steps=count)
-        costs = [(1 + branch) * left for left in range(count - 1, -1, -1)]
-        request.samples.append(Sample(spec, request, costs))
+        costs = tuple((1 + branch) * left for left in range(count - 1, -1, -1))
+        guided = (branch > 0,) * (count - 1)
+        times = tuple(1 - i / count for i in range(count))
+        plan = Plan(times=times, scale=2.0, method="cfg", guided=guided, costs=costs)
+        request.samples.append(Sample(spec, request, plan))
     return request
 
 
