@@ -77,9 +77,9 @@ class PackedBlock(nn.Module):
         self.adaLN_modulation = block.adaLN_modulation
         pack(self, dtype)
 
-    def forward(self, x: Tensor, c: Tensor, rope: RotaryEmbedding) -> Tensor:
-        modulation = self.adaLN_modulation(c).float().chunk(6, dim=-1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+    def forward(self, x: Tensor, modulation: Tensor, rope: RotaryEmbedding) -> Tensor:
+        modulation = modulation.float()
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
         x = x.float()
         y = self.norm1(x).mul_(1 + scale_msa).add_(shift_msa).to(self.dtype)
         x = torch.addcmul(x, gate_msa, self.attn(y, rope))

@@ -11,14 +11,13 @@ from rae.models.layers import Linear, SiLU, linear
 
 
 class TokenEmbedder(nn.Module):
-    """A 1×1 convolution: latents (B, C, H, W) to tokens (B, H·W, D), row-major."""
+    """A 1×1 convolution, as a linear of tokens (B, N, C): (B, N, D)."""
 
     def __init__(self, latent_channels: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(latent_channels, dim, kernel_size=1)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        tokens = latents.flatten(2).transpose(1, 2)
+    def forward(self, tokens: Tensor) -> Tensor:
         return linear(tokens, self.proj.weight.flatten(1), self.proj.bias)
 
 

@@ -71,10 +71,11 @@ class FusedBlock(nn.Module):
         self.mlp = FusedSwiGLU(mlp, kernels) if isinstance(mlp, SwiGLU) else mlp
         self.adaLN_modulation = block.adaLN_modulation
 
-    def forward(self, x: Tensor | Pending, c: Tensor, rope: RotaryEmbedding) -> Tensor | Pending:
-        """x (B, N, D); c (B, 1, D) or (B, N, D)."""
-        modulation = self.adaLN_modulation(c).chunk(6, dim=-1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+    def forward(
+        self, x: Tensor | Pending, modulation: Tensor, rope: RotaryEmbedding
+    ) -> Tensor | Pending:
+        """x (B, N, D); modulation (B, 1, 6D) or (B, N, 6D), by `adaLN_modulation`."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, -1)
         stream, h = self.norm1(x, shift_msa, scale_msa)
         pending = Pending(stream, self.attn(h, rope), gate_msa)
         stream, h = self.norm2(pending, shift_mlp, scale_mlp)
@@ -117,8 +118,8 @@ class FusedFinalLayer(nn.Module):
         self.linear = layer.linear
         self.adaLN_modulation = layer.adaLN_modulation
 
-    def forward(self, x: Pending, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+    def forward(self, x: Pending, modulation: Tensor) -> Tensor:
+        shift, scale = modulation.chunk(2, dim=-1)
         return self.linear(self.norm_final.last(x, shift, scale))
 
 
