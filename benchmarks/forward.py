@@ -8,7 +8,7 @@ machine slows all alike; figures are medians over the turns, and ratios are rati
 
 - authors fp32: their default. authors bf16: one autocast context stays open over all turns, as
   their sampler keeps it open over its evaluations, so that weights are cast once; not timed.
-- ours fp32, ours bf16: a model that `server/runner.py` has prepared.
+- ours fp32, ours bf16: a model that `server/devices.py` has prepared.
 - matmuls: every linear of the model that has a row per token, and nothing else, as plain
   `F.linear` in bf16, each with its own weights: caches are as cold as in the model. Their FLOPs
   over their time is the ceiling, which packed weights may pass. `of_the_ceiling` is the rate of
@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rae.models.config import CONFIGS, DiTDHConfig
 from rae.models.dit_dh import DiTDH
-from rae.server.runner import prepare
+from rae.server.devices import prepare
 
 FP32_BOUND = 1e-5
 Forward = Callable[[], Tensor]

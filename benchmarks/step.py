@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rae.models.config import CONFIGS, DiTDHConfig
 from rae.models.dit_dh import DiTDH
-from rae.server.runner import prepare
+from rae.server.devices import prepare
 
 CHOICES = ("auto", "triton", "library", "reference")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from rae.models.cache import cache_folder
 from rae.models.convert import convert
 from rae.models.locks import held
 from rae.models.published import HUB_REPOSITORY, PRESETS, Autoencoder, Published
@@ -86,8 +86,3 @@ def local_folder(model: str, notify: Callable[[str], None]) -> Path:
             notify(f"Converting into {folder}")
             convert(below(published, root, repository), folder, notify=notify)
     return folder
-
-
-def cache_folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "rae-server"

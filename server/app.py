@@ -107,6 +107,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
             errors.InvalidRequestError,
             errors.QueueFullError,
             errors.EngineClosedError,
+            errors.DeadlineError,
         )
     }
     binary = {"schema": {"type": "string", "format": "binary"}}
@@ -164,6 +165,7 @@ class Service:
             kernels=KernelInfo(
                 kernels=settings.kernels,
                 attention=settings.attention,
+                compiled=engine.compiles,
                 layers=engine.layers,
                 implementations={},
             ),
@@ -172,6 +174,7 @@ class Service:
                 "max_images": settings.max_images,
                 "max_body_bytes": settings.max_body_bytes,
                 "max_batch": settings.max_batch,
+                "max_slots": engine.num_slots,
                 "max_queue": settings.max_queue,
             },
             model=ModelInfo.of(checkpoint, self.limits),
@@ -192,9 +195,7 @@ class Service:
         if self.engine.ready:
             return Health(status="ok")
         response.status_code = 503
-        return Health(
-            status="not ready", reasons=[self.engine.failure or "the model is warming up"]
-        )
+        return Health(status="not ready", reasons=[self.engine.failure or self.engine.progress])
 
     def scrape(self) -> Response:
         return Response(self.metrics.render(), headers={"content-type": self.metrics.content_type})

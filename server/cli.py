@@ -89,16 +89,16 @@ def generate(settings: GenerateSettings) -> None:
             precision=settings.precision,
             kernels=settings.kernels,
             attention=settings.attention,
-            max_batch=min(len(specs), EngineSettings.max_batch),
+            compile=settings.compile,
+            max_batch=min(2 * len(specs), EngineSettings.max_batch),
             max_queue=math.inf,
         )
         engine = Engine(checkpoint, engine_settings, Metrics())
         settings.out.mkdir(parents=True, exist_ok=True)
-        # A request of its own for each: one of all would leave an eighth of the slots free.
-        requests = [engine.submit([spec], "rae generate") for spec in specs]
+        request = engine.submit(specs, "rae generate")
         engine.start()
         try:
-            images = [request.future.result().images[0] for request in requests]
+            images = request.future.result().images
         finally:
             engine.close()
         for spec, image in zip(specs, images, strict=True):

@@ -1,18 +1,23 @@
-"""The loop: admit, evaluate one step for every running image, decode what is done."""
+"""The loop: choose who advances, evaluate one step, decode what is done."""
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from rae.models.checkpoint import Checkpoint
-from rae.server.errors import EngineClosedError, QueueFullError
-from rae.server.request import Generated, ImageSpec, Request, Sample
-from rae.server.runner import Runner, resolve_device, resolve_precision
+from rae.server.devices import resolve_device
+from rae.server.errors import DeadlineError, EngineClosedError, QueueFullError
+from rae.server.request import Generated, ImageSpec, Priority, Request, Sample
+from rae.server.runner import Decoding, Runner, RunnerOptions
 from rae.server.scheduler import Scheduler
+from rae.server.step_times import StepTimes
+from rae.server.warm_up import warm_up
 
 if TYPE_CHECKING:
     from rae.server.metrics import Metrics
@@ -20,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RATE_WEIGHT = 0.1
+MakeScheduler = Callable[[int, int, StepTimes], Scheduler]
 
 
 class Engine:
@@ -29,35 +34,52 @@ class Engine:
     Raises ValueError for a device, precision or kernels that this machine does not have.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: EngineSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: EngineSettings,
+        metrics: Metrics,
+        *,
+        make_scheduler: MakeScheduler = Scheduler,
+    ) -> None:
         device = resolve_device(settings.device)
-        precision = resolve_precision(settings.precision, device)
-        self.device = device.type
-        self.precision = "bf16" if precision.itemsize == 2 else "fp32"
-        self.max_queue = settings.max_queue
-        self.ready = False
-        self.failure: str | None = None
-        self._metrics = metrics
-        self._runner = Runner(
-            checkpoint,
-            device,
-            precision,
-            settings.max_batch,
+        options = RunnerOptions(
+            max_rows=settings.max_batch,
+            precision=settings.precision,
             kernels=settings.kernels,
             attention=settings.attention,
+            compile=settings.compile,
+            deterministic=settings.deterministic,
         )
-        self._scheduler = Scheduler(settings.max_batch)
-        self._num_slots = settings.max_batch
+        self._runner = Runner(checkpoint, device, options)
+        self.device = device.type
+        self.precision = self._runner.precision
+        self.max_queue = settings.max_queue
+        self._max_rows = settings.max_batch
+        self.ready = False
+        self.failure: str | None = None
+        self.progress = "the model is warming up"
+        self._metrics = metrics
+        self._scheduler = make_scheduler(self._runner.num_slots, settings.max_batch, StepTimes())
         self._wake = threading.Condition()
         self._closing = False
         self._stepping: list[Sample] = []
-        self._rate = 0.0  # cost per second, smoothed
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        # Pixels arrive while the next steps run; on a CPU they are there when `decode` returns.
+        self._receiver = ThreadPoolExecutor(1, "decoded") if device.type == "cuda" else None
 
     @property
     def layers(self) -> str:
         """How the models' layers run: "fused" on the kernels, "packed" for a CPU, or "plain"."""
         return self._runner.layers
+
+    @property
+    def compiles(self) -> bool:
+        return self._runner.compiles
+
+    @property
+    def num_slots(self) -> int:
+        return self._runner.num_slots
 
     @property
     def implementations(self) -> dict[str, list[str]]:
@@ -88,15 +110,35 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
+        if self._receiver is not None:
+            self._receiver.shutdown()
         self._fail(EngineClosedError(), self._scheduler.requests)
 
-    def submit(self, specs: Sequence[ImageSpec], request_id: str) -> Request:
+    def submit(
+        self,
+        specs: Sequence[ImageSpec],
+        request_id: str,
+        *,
+        client: str = "",
+        weight: float = 1.0,
+        priority: Priority = "normal",
+        deadline_s: float = math.inf,
+    ) -> Request:
         """Queue the images of one request; cancel it by cancelling its future.
 
         Raises QueueFullError when the bound on queued cost would be passed (an idle engine takes
-        anything), EngineClosedError after `close`.
+        anything), DeadlineError where it cannot be done in `deadline_s` seconds by what steps took
+        so far, EngineClosedError after `close`.
         """
-        request = Request(request_id)
+        now = time.perf_counter()
+        request = Request(
+            request_id,
+            client=client,
+            weight=weight,
+            priority=priority,
+            submitted_at=now,
+            deadline=now + deadline_s,
+        )
         request.samples = [Sample(spec, request, self._runner.plan(spec)) for spec in specs]
         cost = sum(sample.remaining_cost for sample in request.samples)
         with self._wake:
@@ -104,9 +146,13 @@ class Engine:
                 raise EngineClosedError
             queued = self._scheduler.cost
             if queued and queued + cost > self.max_queue:
-                excess = queued + cost - self.max_queue
-                wait_s = self._seconds(min(excess, queued))
+                excess = min(queued + cost - self.max_queue, queued)
+                wait_s = max(1.0, self._scheduler.drain_s(excess))
                 raise QueueFullError(wait_s, cost, queued, self.max_queue)
+            if self.ready and deadline_s < math.inf:
+                predicted_s = self._scheduler.predict_s(request.samples)
+                if predicted_s > deadline_s:
+                    raise DeadlineError(deadline_s, predicted_s)
             self._scheduler.add(request)
             self._wake.notify()
         return request
@@ -116,24 +162,27 @@ class Engine:
         request.future.cancel()
 
     def step(self) -> None:
-        """One evaluation for every running image."""
+        """One evaluation for the images whose turn it is."""
         with self._wake:
-            self._scheduler.drop_cancelled()
-            admitted = self._scheduler.admit()
-            self._stepping = running = list(self._scheduler.running.values())
-        self._place(admitted)
-        if not running:
+            expired = self._scheduler.drop(time.perf_counter())
+            self._stepping = samples = self._scheduler.select()
+        for request in expired:
+            self._end(request, DeadlineError(request.deadline - request.submitted_at))
+        if not samples:
             return
-        cost = sum(sample.remaining_cost for sample in running)
-        started = time.perf_counter()
-        self._runner.step([(sample.slot, sample.step) for sample in running])
+        self._place(sample for sample in samples if not sample.step)
+        cost = sum(sample.remaining_cost for sample in samples)
+        timing = self._runner.step([(sample.slot, sample.step) for sample in samples])
         with self._wake:
-            denoised = self._scheduler.advance()
-        cost -= sum(sample.remaining_cost for sample in running)
-        self._observe(len(running), cost, time.perf_counter() - started)
-        self._deliver([sample for sample in denoised if not sample.request.future.cancelled()])
+            denoised = self._scheduler.advance(samples)
+            if timing is not None:
+                self._scheduler.step_times.observe(*timing)
+        self._metrics.rows_evaluated.inc(cost - sum(sample.remaining_cost for sample in samples))
+        if timing is not None:
+            self._metrics.step_seconds.observe(timing.seconds)
+        self._decode([sample for sample in denoised if not sample.request.future.cancelled()])
 
-    def _place(self, samples: Sequence[Sample]) -> None:
+    def _place(self, samples: Iterable[Sample]) -> None:
         now = time.perf_counter()
         for sample in samples:
             self._runner.start(sample.slot, sample.spec)
@@ -141,30 +190,45 @@ class Engine:
                 sample.request.started_at = now
                 self._metrics.queue_seconds.observe(now - sample.request.submitted_at)
 
-    def _deliver(self, denoised: Sequence[Sample]) -> None:
-        if not denoised:
+    def _decode(self, samples: Sequence[Sample]) -> None:
+        if not samples:
             return
         started = time.perf_counter()
-        images = self._runner.decode([sample.slot for sample in denoised])
+        decoding = self._runner.decode([sample.slot for sample in samples])
+        if self._receiver is None:
+            self._deliver(samples, decoding, started)
+        else:
+            self._receiver.submit(self._receive, samples, decoding, started)
+
+    def _receive(self, samples: Sequence[Sample], decoding: Decoding, started: float) -> None:
+        try:
+            self._deliver(samples, decoding, started)
+        except Exception as error:  # a fault of the device: those who wait for it are told
+            log.exception("a decoding failed")
+            self._fail(error, {sample.request for sample in samples})
+
+    def _deliver(self, samples: Sequence[Sample], decoding: Decoding, started: float) -> None:
+        images = decoding.images()
         now = time.perf_counter()
         self._metrics.decode_seconds.observe(now - started)
-        for sample, image in zip(denoised, images, strict=True):
+        for sample, image in zip(samples, images, strict=True):
             sample.image = image
-        for request in dict.fromkeys(sample.request for sample in denoised):
-            # False for a request that was cancelled during its last step.
-            if request.done and request.future.set_running_or_notify_cancel():
+        for request in dict.fromkeys(sample.request for sample in samples):
+            if request.done:
                 generated = Generated(
                     images=[s.image for s in request.samples if s.image is not None],
                     queue_s=request.started_at - request.submitted_at,
                     denoise_s=started - request.started_at,
                     decode_s=now - started,
                 )
-                request.future.set_result(generated)
-                self._metrics.images.inc(len(request.samples))
+                if self._end(request, generated):
+                    self._metrics.images.inc(len(request.samples))
 
     def _loop(self) -> None:
         try:
             self._warm_up()
+        except EngineClosedError:
+            return
         except Exception as error:  # e.g. out of memory: whoever waits is told
             log.exception("the warm-up failed")
             self.failure = f"the warm-up failed: {type(error).__name__}: {error}"
@@ -183,27 +247,15 @@ class Engine:
                 self._fail(error, {sample.request for sample in self._stepping})
 
     def _warm_up(self) -> None:
-        """Run the largest batch, every row guided, so that what comes later fits and is fast.
-
-        On a CPU one image: the first step there is as fast as the next, and 64 images of the
-        published XL model took 8 minutes.
-        """
-        methods = self._runner.config.guidance_methods
-        method = methods[0] if methods else "cfg"
-        cfg = 2.0 if methods else 1.0
-        spec = ImageSpec(class_label=0, seed=0, steps=3, cfg=cfg, guidance_method=method)
-        slots = range(1 if self.device == "cpu" else self._num_slots)
-        costs = self._runner.plan(spec).costs
-        for slot in slots:
-            self._runner.start(slot, spec)
-        for step in range(spec.num_evaluations):
+        def say(text: str) -> None:
             if self._closing:
-                return
-            started = time.perf_counter()
-            self._runner.step([(slot, step) for slot in slots])
-            cost = len(slots) * (costs[step] - costs[step + 1])
-            self._rate = cost / (time.perf_counter() - started)
-        self._runner.decode(slots)
+                raise EngineClosedError
+            self.progress = f"the model is warming up: {text}"
+
+        step_times = warm_up(self._runner, say)
+        with self._wake:
+            max_rows = min(self._max_rows, self._runner.buckets.largest)
+            self._scheduler.use(step_times, max_rows)
         self.ready = True
 
     def _fail(self, error: BaseException, requests: set[Request]) -> None:
@@ -211,14 +263,17 @@ class Engine:
             for request in requests:
                 self._scheduler.remove(request)
         for request in requests:
-            if not request.future.done() and request.future.set_running_or_notify_cancel():
-                request.future.set_exception(error)
+            self._end(request, error)
 
-    def _observe(self, num_images: int, cost: float, seconds: float) -> None:
-        if 2 * num_images > self._num_slots:  # a full queue runs in large, faster batches
-            self._rate += RATE_WEIGHT * (cost / seconds - self._rate)
-        self._metrics.step_seconds.observe(seconds)
-        self._metrics.rows_evaluated.inc(cost)
-
-    def _seconds(self, cost: float) -> float:
-        return max(1.0, cost / self._rate) if self._rate else 1.0
+    def _end(self, request: Request, result: Generated | BaseException) -> bool:
+        """Resolve a request, by the engine's thread or the receiver's; False for one that has
+        ended already, or was cancelled."""
+        with self._wake:
+            future = request.future
+            if future.done() or not future.set_running_or_notify_cancel():
+                return False
+            if isinstance(result, Generated):
+                future.set_result(result)
+            else:
+                future.set_exception(result)
+            return True

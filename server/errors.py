@@ -103,6 +103,17 @@ class ClientGoneError(ApiError):
         super().__init__("the client disconnected")
 
 
+class DeadlineError(ApiError):
+    """`predicted_s` is None where the time had run out already."""
+
+    status, type, outcome = 504, "deadline_exceeded", "expired"
+
+    def __init__(self, deadline_s: float, predicted_s: float | None = None) -> None:
+        self.predicted_s = predicted_s
+        reason = "has passed" if predicted_s is None else f"is too short: about {predicted_s:.2f} s"
+        super().__init__(f"the deadline of {1000 * deadline_s:.0f} ms {reason}")
+
+
 class EngineClosedError(ApiError):
     status, type, outcome = 503, "shutting_down", "failed"
 

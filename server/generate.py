@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from base64 import b64encode
@@ -19,7 +20,12 @@ from rae.server.images import describe, encode, mime_type
 from rae.server.limits import Limits, shown
 from rae.server.metrics import Metrics, Outcome
 from rae.server.request import Generated, ImageSpec
-from rae.server.schemas import GeneratedImage, GenerateResponse, parse_request
+from rae.server.schemas import (
+    GeneratedImage,
+    GenerateRequest,
+    GenerateResponse,
+    parse_request,
+)
 from rae.server.settings import ImageFormat
 
 QUALITY = re.compile(r"q=[01](\.\d*)?")
@@ -59,7 +65,7 @@ class Generate:
     async def _answer(self, http: Request) -> Response:
         asked = parse_request(await read_json(http, self.max_body_bytes), self.limits)
         specs = asked.specs(self.limits)
-        generated = await self._run(specs, http)
+        generated = await self._run(specs, asked, http)
         started = time.perf_counter()
         descriptions = [describe(spec, self.checkpoint, self.engine.precision) for spec in specs]
         files = await encode_all(generated, descriptions, asked.image_format)
@@ -101,9 +107,18 @@ class Generate:
         )
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
-    async def _run(self, specs: Sequence[ImageSpec], http: Request) -> Generated:
-        """Raises QueueFullError, EngineClosedError, or ClientGoneError: then nothing runs on."""
-        request = self.engine.submit(specs, http.state.request_id)
+    async def _run(
+        self, specs: Sequence[ImageSpec], asked: GenerateRequest, http: Request
+    ) -> Generated:
+        """Raises QueueFullError, DeadlineError, EngineClosedError, or ClientGoneError: then nothing
+        runs on."""
+        request = self.engine.submit(
+            specs,
+            http.state.request_id,
+            client=http.client.host if http.client else "",
+            priority=asked.priority or "normal",
+            deadline_s=asked.deadline_ms / 1000 if asked.deadline_ms else math.inf,
+        )
         result = asyncio.wrap_future(request.future)
         gone = asyncio.create_task(disconnected(http))
         try:

@@ -15,7 +15,7 @@ from rae.server.errors import Detail, InvalidRequestError
 from rae.server.limits import Limits
 from rae.server.request import ImageSpec
 from rae.server.schemas import read_request
-from rae.server.settings import Attention, Kernels
+from rae.server.settings import Attention, Compile, Kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class Job:
     precision: str
     kernels: Kernels
     attention: Attention
+    compile: Compile
     pixels: Pixels
 
     @classmethod
@@ -86,6 +87,7 @@ class Job:
             precision=precision,
             kernels=settings.kernels,
             attention=settings.attention,
+            compile=settings.compile,
             pixels=settings.pixels,
         )
 

@@ -10,7 +10,8 @@ from rae.models.checkpoint_config import MAX_CFG, CheckpointConfig, SamplerDefau
 from rae.models.config import GuidanceMethod
 from rae.models.labels import closest, first_name, shortlist
 
-NUMBERS = ("class_id", "cfg", "steps", "n", "seed")
+NUMBERS = ("class_id", "cfg", "steps", "n", "seed", "deadline_ms")
+MAX_DEADLINE_MS = 86_400_000
 SEEDS = 2**53  # what a JSON number holds exactly everywhere
 LISTED_CLASSES = 12
 SHOWN_CHARACTERS = 80
@@ -68,6 +69,7 @@ class Limits:
             "steps": (2, self.max_steps),
             "n": (1, self.max_images),
             "seed": (0, SEEDS - n),
+            "deadline_ms": (1, MAX_DEADLINE_MS),
         }[field]
 
     def allowed(self, field: str, n: int = 1) -> str:
@@ -85,6 +87,8 @@ class Limits:
             "guidance_interval": "[low, high] with 0 <= low <= high <= 1, in shifted time",
             "format": "png, jpeg or webp",
             "solver": "euler, the only solver that is served",
+            "priority": "low, normal or high",
+            "deadline_ms": f"an integer from {low} to {high} (a day)",
         }[field]
 
 

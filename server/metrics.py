@@ -17,7 +17,7 @@ from prometheus_client import (
 
 from rae.server.settings import server_version
 
-Outcome = Literal["done", "failed", "cancelled", "rejected", "invalid"]
+Outcome = Literal["done", "failed", "cancelled", "rejected", "expired", "invalid"]
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -59,7 +59,7 @@ class Metrics:
             return Histogram(f"rae_{stage}_seconds", text, buckets=SECONDS, registry=registry)
 
         self.queue_seconds = histogram("queue", "From submission to a request's first slot.")
-        self.step_seconds = histogram("step", "One evaluation for every running image.")
+        self.step_seconds = histogram("step", "One evaluation for those whose turn it was.")
         self.decode_seconds = histogram("decode", "One batch of latents to pixels.")
         self.encode_seconds = histogram("encode", "The pixels of a request to files.")
         self.request_seconds = histogram("request", "POST /generate that was done, all of it.")

@@ -2,120 +2,170 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Literal
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rae.kernels.dispatch import check_kernels, selected
+from rae.kernels.dispatch import selected
 from rae.kernels.guided_euler import guided_euler
+from rae.models.cache import cache_folder
 from rae.models.checkpoint import Checkpoint
 from rae.models.config import GuidanceMethod, Solver
-from rae.models.cpu import can_pack, pack
-from rae.models.fused import fuse
-from rae.models.layers import store_matmul_weights
-from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
+from rae.models.dit_dh import DiTDH
+from rae.models.sampling import Guidance, denoise, draw_noise, timesteps
+from rae.server.decoding import Decoding, ImageDecoder
+from rae.server.descriptors import RUN_AHEAD, Descriptors
+from rae.server.devices import num_slots, prepare, resolve_precision, set_matmul_precision
+from rae.server.graphs import Buckets, Replayed, compile_regions, keep_compiled
 from rae.server.request import ImageSpec, Plan
+from rae.server.settings import Attention, Compile, Kernels, Precision
+
+# Pixels of more images would only wait for each other.
+DECODED_AT_ONCE = 16
+# Up to how many of the model's rows the guide runs beside it: more fill a GPU alone.
+FORKED_ROWS = 8
 
 
-class NonFiniteError(Exception):
-    """Images of `slots` hold NaN or infinity."""
+@dataclass(frozen=True, kw_only=True)
+class RunnerOptions:
+    """How the models run. `max_rows` bounds the model's rows in a step; `slots` are as many as
+    memory allows where they are None.
 
-    def __init__(self, slots: Sequence[int]) -> None:
-        super().__init__(f"the images in slots {', '.join(map(str, slots))} are not finite")
-        self.slots = slots
-
-
-def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
-    """The first of cuda, mps, cpu that is there for "auto". ValueError for one that is not.
-
-    `local_rank` counts the processes that share a machine's GPUs, each of which takes its own.
+    With `deterministic` every step and decoding has the same number of rows, so that no image's
+    bits can depend on how many others there are.
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if name not in available:
-        raise ValueError(f"device {name!r} is not one of auto, {', '.join(available)}")
-    if not available[name]:
-        usable = ", ".join(device for device, there in available.items() if there)
-        raise ValueError(f"device {name!r} is not available on this machine; available: {usable}")
-    if name == "cuda" and local_rank is not None:
-        return torch.device(name, local_rank % torch.cuda.device_count())
-    return torch.device(name)
+
+    max_rows: int = 64
+    slots: int | None = None
+    precision: Precision = "auto"
+    kernels: Kernels = "auto"
+    attention: Attention = "auto"
+    compile: Compile = "auto"
+    graphs: bool = True
+    deterministic: bool = False
 
 
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """bf16 on CUDA, else fp32 for "auto". Raises ValueError for another name."""
-    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
-    if name not in precisions:
-        raise ValueError(f"precision {name!r} is not one of auto, {', '.join(precisions)}")
-    return precisions[name]
+class StepTiming(NamedTuple):
+    """A step that is over: its rows, pads not counted, and how long the device took."""
+
+    model_rows: int
+    guide_rows: int
+    seconds: float
 
 
-Layers = Literal["fused", "packed", "plain"]
-
-
-def prepare(
-    model: nn.Module,
-    device: torch.device,
-    dtype: torch.dtype,
-    kernels: str = "auto",
-    attention: str = "auto",
-) -> Layers:
-    """Bring a model's layers to the form that runs fastest on `device`, its matmul weights in
-    `dtype`: the kernels' on CUDA or where `kernels` asks for them, oneDNN's on a CPU. The model
-    then runs, and can be neither saved nor trained. Raises ValueError for kernels that cannot run.
-    """
-    check_kernels(kernels, attention, device)
-    if device.type == "cuda" or kernels in ("triton", "reference"):
-        fuse(model, dtype, kernels, kernels if attention == "auto" else attention)
-        return "fused"
-    if device.type == "cpu" and can_pack():
-        pack(model, dtype)
-        return "packed"
-    store_matmul_weights(model, dtype)
-    return "plain"
-
-
-class Runner:
-    """One image per slot, in fp32. A row is one evaluation of the model for one slot: with CFG a
-    guided slot takes a second row of the model, with AutoGuidance one of the guide."""
+class Evaluation:
+    """One model on rows that name slots."""
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        precision: torch.dtype,
-        num_slots: int,
-        kernels: str = "auto",
-        attention: str = "auto",
+        model: DiTDH,
+        latents: Tensor,
+        slots: Tensor,
+        labels: Tensor,
+        t: Tensor,
+        autocast: Callable[[], AbstractContextManager[object]],
+        *,
+        captures: bool,
     ) -> None:
-        config = checkpoint.config
-        self.config = config
-        self.device = device
-        self.precision = precision
-        self.kernels = kernels
-        self.dit_dh = checkpoint.dit_dh.to(device)
-        self.guide = checkpoint.guide.to(device) if checkpoint.guide else None
-        self.rae = checkpoint.rae.to(device)
+        self._model, self._latents, self._autocast = model, latents, autocast
+        self._slots, self._labels, self._t = slots, labels, t
+        self.rows = Replayed(self._evaluate, latents.device, captures=captures)
+
+    def _evaluate(self, rows: int) -> Tensor:
+        """Velocities (rows, N, C) of the first rows, in the dtype of the last matmul."""
+        with self._autocast():
+            conditioning = self._model.condition(self._t[:rows], self._labels[:rows])
+            return self._model.velocity(self._latents[self._slots[:rows]], conditioning)
+
+
+class Runner:
+    """One image per slot, token-major and in fp32. A row is one evaluation of a model for one
+    slot: with CFG a guided slot takes a second row of the model, with AutoGuidance one of the
+    guide. On CUDA the host is at most RUN_AHEAD steps ahead.
+
+    Raises ValueError for a precision or kernels that cannot run on `device`.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, options: RunnerOptions
+    ) -> None:
+        config = self.config = checkpoint.config
+        self.device, self.options = device, options
+        self.precision, self._dtype = resolve_precision(options.precision, device)
+        set_matmul_precision(self.precision)
+        self.compiles = options.compile == "on" or (
+            options.compile == "auto" and device.type == "cuda"
+        )
         sizes = checkpoint.num_parameters
         self._guide_cost = sizes.get("guide", 0) / sizes["dit_dh"]
-        for model in (self.dit_dh, self.guide, self.rae):
+        self._dit_dh, self._guide = checkpoint.dit_dh, checkpoint.guide
+        for model in (checkpoint.dit_dh, checkpoint.guide, checkpoint.rae):
             if model is not None:
-                self.layers = prepare(model, device, precision, kernels, attention)
-        self.latents = torch.zeros(num_slots, *config.dit_dh.latent_shape, device=device)
-        self._slots: dict[int, tuple[ImageSpec, Plan]] = {}
+                self._prepare(model.to(device))
+        shape = (config.dit_dh.num_tokens, config.dit_dh.latent_channels)
+        slots = options.slots or num_slots(device, 4 * shape[0] * shape[1], options.max_rows)
+        self.latents = torch.zeros(slots, *shape, device=device)
+        self._images: dict[int, tuple[ImageSpec, Plan]] = {}
+        max_rows = max(2, options.max_rows)  # what one image with CFG takes
+        self.buckets = self._buckets(max_rows)
+        self._rows = Descriptors(max_rows, device)
+        self.model = self._evaluation(self._dit_dh)
+        self.guide = self._guide and self._evaluation(self._guide, "guide_")
+        decoded = self._buckets(min(DECODED_AT_ONCE, options.max_rows))
+        self.decoder = ImageDecoder(
+            checkpoint.rae, device, decoded, self.autocast, captures=self.captures
+        )
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._in_flight: deque[tuple[torch.cuda.Event, torch.cuda.Event, int, int]] = deque()
         self._cached_plan = lru_cache(maxsize=1024)(self._make_plan)
+
+    def _prepare(self, model: torch.nn.Module) -> None:
+        kernels, attention = self.options.kernels, self.options.attention
+        self.layers = prepare(
+            model, self.device, self._dtype, kernels, attention, compiles=self.compiles
+        )
+        if self.compiles:
+            keep_compiled(cache_folder() / "compiled")
+            compile_regions(model, ("blocks", "decoder_layers"))
+
+    def _evaluation(self, model: DiTDH, prefix: str = "") -> Evaluation:
+        slots, labels, t = (self._rows.read[prefix + name] for name in ("slots", "labels", "t"))
+        latents, captures = self.latents, self.captures
+        return Evaluation(model, latents, slots, labels, t, self.autocast, captures=captures)
+
+    def _buckets(self, largest: int) -> Buckets:
+        if self.options.deterministic:
+            return Buckets(largest, (largest,))
+        if self.compiles or self.captures:
+            return Buckets.upto(largest)
+        return Buckets(largest, None)
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are CUDA graphs."""
+        return self.options.graphs and self.device.type == "cuda"
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.latents)
+
+    @property
+    def implementations(self) -> dict[str, list[str]]:
+        """What ran so far, by op and shape: "triton", "library", ..."""
+        return selected() if self.layers == "fused" else {}
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """All weights of matmuls are stored in the dtype: there is no cast to be remembered."""
+        enabled = self._dtype != torch.float32
+        return torch.autocast(self.device.type, self._dtype, enabled=enabled, cache_enabled=False)
 
     def plan(self, spec: ImageSpec) -> Plan:
         """The plan of an image; the null label has no use for CFG, whose branches would agree."""
@@ -129,8 +179,7 @@ class Runner:
         self, steps: int, cfg: float, interval: tuple[float, float], method: GuidanceMethod
     ) -> Plan:
         grid = timesteps(steps, self.config.shift)
-        guidance = Guidance(cfg, interval, method)
-        guided = tuple(guidance.active(grid[:-1]).tolist())
+        guided = tuple(Guidance(cfg, interval, method).active(grid[:-1]).tolist())
         second = self._guide_cost if method == "autoguidance" else 1.0
         falling = accumulate((1 + second * flag for flag in reversed(guided)), initial=0.0)
         return Plan(
@@ -143,99 +192,124 @@ class Runner:
 
     def start(self, slot: int, spec: ImageSpec) -> None:
         """Put an image's noise into a slot."""
-        self.latents[slot] = draw_noise(self.config.dit_dh.latent_shape, [spec.seed])[0]
-        self._slots[slot] = (spec, self.plan(spec))
+        noise = draw_noise(self.config.dit_dh.latent_shape, [spec.seed])[0].flatten(1).T
+        if self.device.type == "cuda":  # a copy from memory that is not pinned waits for all steps
+            noise = noise.contiguous().pin_memory()
+        self.latents[slot].copy_(noise, non_blocking=True)
+        self._images[slot] = (spec, self.plan(spec))
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[tuple[int, int]]) -> None:
-        """One evaluation and Euler update for each (slot, step) of `rows`; slots are distinct."""
-        slots = torch.tensor([slot for slot, _ in rows], device=self.device)
-        specs, plans = zip(*(self._slots[slot] for slot, _ in rows), strict=True)
-        ends = torch.tensor(
-            [p.times[i : i + 2] for p, (_, i) in zip(plans, rows, strict=True)], dtype=torch.float32
-        )
-        t, t_next = ends.to(self.device).unbind(1)
-        labels = torch.tensor([spec.class_label for spec in specs], device=self.device)
-        scales = torch.tensor([plan.scale for plan in plans], device=self.device)
-        guided = [p.method if p.guided[i] else "" for p, (_, i) in zip(plans, rows, strict=True)]
-        velocity, guide_velocity, weak_rows = self._velocities(slots, t, labels, guided)
+    def step(self, rows: Sequence[tuple[int, int]]) -> StepTiming | None:
+        """One evaluation and Euler update for each (slot, step) of `rows`; slots are distinct.
+
+        On CUDA it is only enqueued, and a step that had to be over before is returned.
+        """
+        over = self._wait_for_a_turn()
+        started = time.perf_counter()
+        begin = self._event()
+        num_model, num_guide = self._describe(rows)
+        velocity, guide_velocity = self._velocities(num_model, num_guide)
+        read = self._rows.read
+        updated = len(velocity) if self.buckets.sizes else len(rows)
         guided_euler(
             self.latents,
-            slots,
-            t_next - t,
+            read["targets"][:updated],
+            read["dt"][:updated],
             velocity,
-            weak_rows,
-            scales.float(),
+            read["weak_rows"][:updated],
+            read["scales"][:updated],
             guide_velocity,
-            kernels=self.kernels,
+            kernels=self.options.kernels,
         )
+        end = self._event()
+        if begin is None or end is None:
+            return StepTiming(num_model, num_guide, time.perf_counter() - started)
+        self._in_flight.append((begin, end, num_model, num_guide))
+        return over
+
+    def _event(self) -> torch.cuda.Event | None:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _wait_for_a_turn(self) -> StepTiming | None:
+        if len(self._in_flight) < RUN_AHEAD:
+            return None
+        begin, end, num_model, num_guide = self._in_flight.popleft()
+        end.synchronize()
+        return StepTiming(num_model, num_guide, begin.elapsed_time(end) / 1000)
+
+    def _describe(self, rows: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """Write the step's descriptors: the images' own rows, in their order, then the null
+        label's, then pads. How many the model's are, and the guide's."""
+        write, null_label = self._rows.write, self.config.dit_dh.null_label
+        write["targets"].fill(-1)
+        write["weak_rows"].fill(-1)
+        cfg: list[int] = []
+        auto: list[int] = []
+        for row, (slot, step) in enumerate(rows):
+            spec, plan = self._images[slot]
+            t, t_next = plan.times[step], plan.times[step + 1]
+            write["slots"][row] = write["targets"][row] = slot
+            write["labels"][row], write["t"][row] = spec.class_label, t
+            write["dt"][row], write["scales"][row] = t_next - t, plan.scale
+            if plan.guided[step]:
+                (cfg if plan.method == "cfg" else auto).append(row)
+        num_model = len(rows) + len(cfg)
+        for second, row in enumerate(cfg, start=len(rows)):
+            write["slots"][second], write["labels"][second] = write["slots"][row], null_label
+            write["t"][second], write["weak_rows"][row] = write["t"][row], second
+        for second, row in enumerate(auto):
+            for name in ("slots", "labels", "t"):
+                write[f"guide_{name}"][second] = write[name][row]
+            write["weak_rows"][row] = self.buckets(num_model) + second
+        self._rows.send()
+        return num_model, len(auto)
+
+    def _velocities(self, num_model: int, num_guide: int) -> tuple[Tensor, Tensor | None]:
+        """Of all rows and of the guide's, pads included."""
+        num_model = self.buckets(num_model)
+        if self.guide is None or not num_guide:
+            return self.model.rows(num_model), None
+        num_guide = self.buckets(num_guide)
+        if self._side is None or num_model > FORKED_ROWS:
+            guide_velocity = self.guide.rows(num_guide)
+            return self.model.rows(num_model), guide_velocity
+        main = torch.cuda.current_stream(self.device)
+        self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):
+            guide_velocity = self.guide.rows(num_guide)
+        velocity = self.model.rows(num_model)
+        main.wait_stream(self._side)
+        return velocity, guide_velocity
 
     @torch.inference_mode()
     def solve(self, slots: Sequence[int], solver: Solver) -> None:
         """Denoise `slots`, which share a plan, by `sampling.denoise`: `step` knows only euler."""
-        specs, plans = zip(*(self._slots[slot] for slot in slots), strict=True)
+        specs, plans = zip(*(self._images[slot] for slot in slots), strict=True)
         assert all(plan is plans[0] for plan in plans)
         indices = torch.tensor(slots, device=self.device)
-        with torch.autocast(self.device.type, self.precision, enabled=self.autocasts):
-            self.latents[indices] = denoise(
-                self.dit_dh,
-                self.latents[indices],
+        latents = self.latents[indices].transpose(1, 2)  # (B, C, N)
+        with self.autocast():
+            latents = denoise(
+                self._dit_dh,
+                latents.unflatten(-1, self.config.dit_dh.latent_shape[1:]),
                 torch.tensor([spec.class_label for spec in specs], device=self.device),
                 torch.tensor(plans[0].times),
                 solver=solver,
                 guidance=Guidance(plans[0].scale, specs[0].guidance_interval, plans[0].method),
                 null_label=self.config.dit_dh.null_label,
-                guide=self.guide,
+                guide=self._guide,
             )
-
-    def _velocities(
-        self, slots: Tensor, t: Tensor, labels: Tensor, guided: list[str]
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """One evaluation of the model for all rows, null label's last, one of the guide, and
-        where each row's weaker velocity is, as `guided_euler` takes it."""
-        latents, null_label = self.latents[slots], self.config.dit_dh.null_label
-        cfg, auto = (self._indices(guided, method) for method in ("cfg", "autoguidance"))
-        weak_rows = torch.full_like(slots, -1)
-        pairs = torch.cat([cfg, auto])
-        weak_rows[pairs] = len(slots) + torch.arange(len(pairs), device=self.device)
-        with torch.autocast(self.device.type, self.precision, enabled=self.autocasts):
-            velocity = self.dit_dh(
-                torch.cat([latents, latents[cfg]]),
-                torch.cat([t, t[cfg]]),
-                torch.cat([labels, torch.full_like(cfg, null_label)]),
-            )
-            if self.guide is None or not len(auto):
-                return velocity, None, weak_rows
-            return velocity, self.guide(latents[auto], t[auto], labels[auto]), weak_rows
-
-    @property
-    def implementations(self) -> dict[str, list[str]]:
-        """What ran so far, by op and shape: "triton", "library", ..."""
-        return selected() if self.layers == "fused" else {}
-
-    @property
-    def autocasts(self) -> bool:
-        return self.precision != torch.float32
-
-    def _indices(self, guided: list[str], method: str) -> Tensor:
-        indices = [row for row, name in enumerate(guided) if name == method]
-        return torch.tensor(indices, dtype=torch.int64, device=self.device)
+        self.latents[indices] = latents.flatten(2).transpose(1, 2)
 
     @torch.inference_mode()
-    def decode(
-        self, slots: Sequence[int], *, truncate: bool = False, must_be_finite: bool = False
-    ) -> list[np.ndarray]:
-        """Images (H, W, 3) uint8 of the latents in `slots`, rounded, or truncated as published.
-
-        With `must_be_finite` raises NonFiniteError; without, uint8 hides what is not.
-        """
-        latents = self.latents[torch.tensor(slots, device=self.device)]
-        with torch.autocast(self.device.type, self.precision, enabled=self.autocasts):
-            images = self.rae.decode(latents)
-        if must_be_finite:
-            # The latents too: a decoder might turn an infinity into a colour.
-            finite = images.isfinite().flatten(1).all(1) & latents.isfinite().flatten(1).all(1)
-            broken = [slot for slot, fine in zip(slots, finite.tolist(), strict=True) if not fine]
-            if broken:
-                raise NonFiniteError(broken)
-        return list(to_uint8(images, truncate=truncate).permute(0, 2, 3, 1).cpu().numpy())
+    def decode(self, slots: Sequence[int], *, truncate: bool = False) -> Decoding:
+        """Images of the latents in `slots`, which may be started anew at once. Pixels are rounded,
+        or truncated as published."""
+        indices = torch.tensor(slots)
+        if self.device.type == "cuda":
+            indices = indices.pin_memory().to(self.device, non_blocking=True)
+        return self.decoder.decode(slots, self.latents[indices], truncate=truncate)

@@ -25,6 +25,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rae.models.checkpoint import Checkpoint, load_checkpoint, read_config
 from rae.models.staging import require_empty, staging
 from rae.server.command_settings import SampleSettings
+from rae.server.decoding import NonFiniteError
+from rae.server.devices import resolve_device, resolve_precision
 from rae.server.images import describe, encode
 from rae.server.job import Job
 from rae.server.partial import (
@@ -36,7 +38,7 @@ from rae.server.partial import (
     refuse_existing,
     report_path,
 )
-from rae.server.runner import NonFiniteError, Runner, resolve_device, resolve_precision
+from rae.server.runner import Runner, RunnerOptions
 from rae.server.settings import server_version
 
 Say = Callable[[str], None]
@@ -60,8 +62,7 @@ def run(settings: SampleSettings, say: Say) -> int:
     folder = settings.find_folder(say)
     config, sha256 = read_config(folder)
     device = resolve_device(settings.device, settings.local_rank)
-    precision = resolve_precision(settings.precision, device)
-    name = "bf16" if precision.itemsize == 2 else "fp32"
+    name, _ = resolve_precision(settings.precision, device)
     job = Job.of(settings, config, checkpoint_sha256=sha256, device=device.type, precision=name)
     if is_assembled(settings.out):
         say(f"{settings.out} was complete; what was left of its making is removed")
@@ -73,14 +74,16 @@ def run(settings: SampleSettings, say: Say) -> int:
         refuse_existing(settings.out)
         checkpoint = load_checkpoint(folder, keep_bf16=True)
         with noted_signals() as signals, opened(settings.out, asdict(job), shape, say) as work:
-            runner = Runner(
-                checkpoint,
-                device,
-                precision,
-                settings.batch,
+            # An image may take two rows.
+            options = RunnerOptions(
+                max_rows=2 * settings.batch,
+                slots=settings.batch,
+                precision=settings.precision,
                 kernels=job.kernels,
                 attention=job.attention,
+                compile=job.compile,
             )
+            runner = Runner(checkpoint, device, options)
             fill(work, runner, job, settings, signals, say)
             if signals:
                 made = job.num - len(work.missing)
@@ -138,7 +141,8 @@ def make(runner: Runner, indices: Sequence[int], job: Job, num_rows: int) -> lis
     else:
         runner.solve(slots, job.solver)
     try:
-        images = runner.decode(slots, truncate=job.pixels == "truncate", must_be_finite=True)
+        decoding = runner.decode(slots, truncate=job.pixels == "truncate")
+        images = decoding.images(must_be_finite=True)
     except NonFiniteError as error:
         index = indices[min(error.slots[0], last)]
         spec = job.spec(index)

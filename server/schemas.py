@@ -15,7 +15,7 @@ from rae.models.config import GuidanceMethod
 from rae.models.labels import find_labels, has_name
 from rae.server.errors import Detail, InvalidRequestError, MalformedBodyError
 from rae.server.limits import NUMBERS, Limits, clean, shown
-from rae.server.request import ImageSpec
+from rae.server.request import ImageSpec, Priority
 from rae.server.settings import ImageFormat
 
 RANDOM_SEEDS = 2**32  # short enough to type again
@@ -46,6 +46,12 @@ class GenerateRequest(BaseModel):
     )
     format: ImageFormat | None = Field(None, description="Of the image.")
     solver: Literal["euler"] | None = Field(None, description="The only one that is served.")
+    priority: Priority | None = Field(
+        None, description="High goes before all normal ones, low after them."
+    )
+    deadline_ms: Integer | None = Field(
+        None, description="504 once so long has passed, or at once where it cannot be met."
+    )
 
     @field_validator(*NUMBERS)
     @classmethod
@@ -272,6 +278,7 @@ class KernelInfo(BaseModel):
 
     kernels: str
     attention: str
+    compiled: bool = Field(description="Whether torch.compile made the layers.")
     layers: str = Field(description="fused: on the kernels; packed: oneDNN's on a CPU; plain.")
     implementations: dict[str, list[str]] = Field(
         description="What ran so far, by op and shape: triton, library, cudnn, flash, ..."

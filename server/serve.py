@@ -7,6 +7,7 @@ import errno
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable
 
 import uvicorn
@@ -17,7 +18,10 @@ from rae.server.engine import Engine
 from rae.server.metrics import Metrics
 from rae.server.settings import ServeSettings
 
+log = logging.getLogger(__name__)
+
 GRACE_S = 30
+PROGRESS_S = 5
 BACKLOG = 2048
 
 
@@ -40,10 +44,14 @@ class Server(uvicorn.Server):
         waiting.cancel()
 
     async def announce_when_ready(self) -> None:
+        said = time.monotonic()
         while not self.engine.ready:
             if self.engine.failure:
                 self.should_exit = True
                 return
+            if time.monotonic() - said > PROGRESS_S:
+                log.info(self.engine.progress)
+                said = time.monotonic()
             await asyncio.sleep(0.05)
         self.announce()
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="DataclassInstance")
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16"]
+Compile = Literal["auto", "on", "off"]
 Kernels = Literal["auto", "triton", "library", "reference"]
 Attention = Literal["auto", "triton", "library", "cudnn", "flash", "flash-attn", "reference"]
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -67,7 +68,7 @@ class ModelSettings(FolderSettings):
     precision: Annotated[
         Precision,
         typer.Option(
-            help="Precision of the matrix products; auto is bf16 on cuda and fp32 elsewhere.",
+            help="Of matrix products; auto is bf16 on cuda and fp32 elsewhere, tf32 is cuda's.",
             envvar="RAE_PRECISION",
             rich_help_panel=MODEL,
         ),
@@ -88,6 +89,14 @@ class ModelSettings(FolderSettings):
             rich_help_panel=MODEL,
         ),
     ] = "auto"
+    compile: Annotated[
+        Compile,
+        typer.Option(
+            help="torch.compile; auto is on on cuda. What it makes is kept for the next start.",
+            envvar="RAE_COMPILE",
+            rich_help_panel=MODEL,
+        ),
+    ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +104,21 @@ class EngineSettings(ModelSettings):
     max_batch: Annotated[
         int,
         typer.Option(
-            help="Images that are denoised together; more wait.",
+            help="Evaluations in one step; an image with CFG takes two. More images take turns.",
             envvar="RAE_MAX_BATCH",
             min=1,
             rich_help_panel=ENGINE,
         ),
     ] = 64
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="Fill every step to --max-batch, so that no bit can depend on other requests.",
+            envvar="RAE_DETERMINISTIC",
+            rich_help_panel=ENGINE,
+        ),
+    ] = False
     max_queue: Annotated[
         float,
         typer.Option(

@@ -28,7 +28,10 @@ MAY_IMPORT = {
 EXCEPTION = ("server/cli.py", "rae.training.cli")
 SERVER_ORDER = {"app": 3, "engine": 2, "scheduler": 1, "runner": 1, "request": 0}
 TENSORS = ("torch", "torchvision", "triton", "safetensors.torch")
-MAY_TOUCH_TENSORS = {"server/runner.py"}
+MAY_TOUCH_TENSORS = {
+    f"server/{name}.py"
+    for name in ("devices", "descriptors", "graphs", "decoding", "runner", "warm_up")
+}
 MAY_TOUCH_PYDANTIC = {"server/schemas.py"}
 # Names that scripts meet through transformers even though nothing here depends on them.
 FOREIGN_NAMES = {"kernels"}

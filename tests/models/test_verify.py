@@ -231,7 +231,7 @@ def test_bf16_weights_stay_so_and_compute_as_the_server_does(folder: Path) -> No
     assert dtypes["blocks.0.norm1.weight"] == dtypes["t_embedder.W"] == torch.float32
     upcast = load_dit_dh(config.dit_dh, path)
     assert {tensor.dtype for tensor in upcast.state_dict().values()} == {torch.float32}
-    for module in upcast.modules():  # as server/runner.py stores them
+    for module in upcast.modules():  # as server/devices.py stores them
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             module.to(torch.bfloat16)
     assert fingerprint(kept) == fingerprint(upcast)

@@ -55,6 +55,7 @@ def test_info(client: TestClient, tiny_checkpoint: Path) -> None:
         "max_images": 64,
         "max_body_bytes": 65536,
         "max_batch": 8,
+        "max_slots": 128,
         "max_queue": 150000,
     }
     model = info["model"]

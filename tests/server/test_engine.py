@@ -143,11 +143,11 @@ def test_a_failed_step_fails_who_ran_and_nobody_later(
 def test_a_failed_warm_up_is_said_and_nobody_waits(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(slots: Sequence[int]) -> list[np.ndarray]:
+    def fail(rows: int) -> None:
         raise RuntimeError("out of memory")
 
     engine = make_engine()
-    monkeypatch.setattr(engine._runner, "decode", fail)
+    monkeypatch.setattr(engine._runner.decoder, "rows", fail)
     waiting = engine.submit([spec(1)], "waiting")
     engine.start()
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -19,8 +19,8 @@ from PIL import Image
 
 from rae.models.checkpoint import load_checkpoint
 from rae.server.request import ImageSpec
-from rae.server.runner import Runner
-from rae.server.settings import embedded_model
+from rae.server.runner import Runner, RunnerOptions
+from rae.server.settings import Precision, embedded_model
 from rae.training.data import split_digits, to_scans
 from rae.training.evaluate import Judge
 
@@ -83,9 +83,10 @@ def test_the_same_seed_gives_the_same_bytes_alone_and_among_twenty(url: str) -> 
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_every_batch_size_from_1_to_40_gives_the_same_image(dtype: torch.dtype) -> None:
-    runner = Runner(load_checkpoint(embedded_model()), torch.device("cpu"), dtype, num_slots=40)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_batch_size_from_1_to_40_gives_the_same_image(precision: Precision) -> None:
+    options = RunnerOptions(max_rows=80, slots=40, precision=precision)
+    runner = Runner(load_checkpoint(embedded_model()), torch.device("cpu"), options)
     draw = random.Random(0)
     specs = [
         ImageSpec(class_label=slot % 11, seed=slot, steps=4, cfg=draw.choice([1.0, 1.5, 4.0]))
@@ -98,7 +99,7 @@ def test_every_batch_size_from_1_to_40_gives_the_same_image(dtype: torch.dtype) 
             runner.start(slot, specs[slot])
         for step in range(3):
             runner.step([(slot, step) for slot in slots])
-        for slot, image in zip(slots, runner.decode(slots), strict=True):
+        for slot, image in zip(slots, runner.decode(slots).images(), strict=True):
             np.testing.assert_array_equal(image, expected.setdefault(slot, image), f"{batch}")
     assert len({image.tobytes() for image in expected.values()}) == 40
 

@@ -13,14 +13,11 @@ from rae.models.checkpoint import Checkpoint, load_checkpoint
 from rae.models.config import GuidanceMethod, Solver
 from rae.models.cpu import can_pack
 from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
+from rae.server.decoding import NonFiniteError
+from rae.server.devices import prepare, resolve_device, resolve_precision
 from rae.server.request import ImageSpec
-from rae.server.runner import (
-    NonFiniteError,
-    Runner,
-    prepare,
-    resolve_device,
-    resolve_precision,
-)
+from rae.server.runner import Runner, RunnerOptions
+from rae.server.settings import Precision
 
 CPU = torch.device("cpu")
 METHODS: tuple[GuidanceMethod, ...] = ("cfg", "autoguidance")
@@ -39,6 +36,12 @@ def mixed_specs(count: int, steps: int, null_label: int) -> list[ImageSpec]:
         )
         for _ in range(count)
     ]
+
+
+def make_runner(folder: Path, dtype: torch.dtype, slots: int) -> Runner:
+    precision: Precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    options = RunnerOptions(max_rows=2 * slots, slots=slots, precision=precision)
+    return Runner(load_checkpoint(folder), CPU, options)
 
 
 def prepared(folder: Path, dtype: torch.dtype) -> Checkpoint:
@@ -74,7 +77,7 @@ def test_every_batch_size_gives_the_bits_of_denoise(
     tiny_checkpoint: Path, dtype: torch.dtype
 ) -> None:
     checkpoint = prepared(tiny_checkpoint, dtype)
-    runner = Runner(load_checkpoint(tiny_checkpoint), CPU, dtype, num_slots=40)
+    runner = make_runner(tiny_checkpoint, dtype, slots=40)
     specs = mixed_specs(40, steps=4, null_label=4)
     expected = [solo(checkpoint, spec, dtype) for spec in specs]
     assert len({image.tobytes() for image in expected}) == 40
@@ -84,13 +87,13 @@ def test_every_batch_size_gives_the_bits_of_denoise(
             runner.start(slot, specs[slot])
         for step in range(3):
             runner.step([(slot, step) for slot in slots])
-        for slot, image in zip(slots, runner.decode(slots), strict=True):
+        for slot, image in zip(slots, runner.decode(slots).images(), strict=True):
             np.testing.assert_array_equal(image, expected[slot], f"slot {slot} of {batch}")
 
 
 def test_rows_at_different_steps_do_not_meet(tiny_checkpoint: Path) -> None:
     checkpoint = prepared(tiny_checkpoint, torch.float32)
-    runner = Runner(load_checkpoint(tiny_checkpoint), CPU, torch.float32, num_slots=3)
+    runner = make_runner(tiny_checkpoint, torch.float32, slots=3)
     long, short = mixed_specs(2, steps=9, null_label=4)
     short = ImageSpec(class_label=1, seed=5, steps=3, cfg=2.0)
     runner.start(2, long)
@@ -99,10 +102,14 @@ def test_rows_at_different_steps_do_not_meet(tiny_checkpoint: Path) -> None:
     runner.start(0, short)
     for step in range(2):
         runner.step([(0, step), (2, 4 + step)])
-    np.testing.assert_array_equal(runner.decode([0])[0], solo(checkpoint, short, torch.float32))
+    np.testing.assert_array_equal(
+        runner.decode([0]).images()[0], solo(checkpoint, short, torch.float32)
+    )
     for step in range(6, 8):
         runner.step([(2, step)])
-    np.testing.assert_array_equal(runner.decode([2])[0], solo(checkpoint, long, torch.float32))
+    np.testing.assert_array_equal(
+        runner.decode([2]).images()[0], solo(checkpoint, long, torch.float32)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -111,22 +118,22 @@ def test_solve_gives_the_bits_of_denoise(
     tiny_checkpoint: Path, dtype: torch.dtype, solver: Solver
 ) -> None:
     checkpoint = prepared(tiny_checkpoint, dtype)
-    runner = Runner(load_checkpoint(tiny_checkpoint), CPU, dtype, num_slots=3)
+    runner = make_runner(tiny_checkpoint, dtype, slots=3)
     specs = [ImageSpec(class_label=slot, seed=slot, steps=5, cfg=2.0) for slot in range(3)]
     for slot in (2, 0):
         runner.start(slot, specs[slot])
     runner.solve([2, 0], solver)
-    for slot, image in zip((2, 0), runner.decode([2, 0]), strict=True):
+    for slot, image in zip((2, 0), runner.decode([2, 0]).images(), strict=True):
         np.testing.assert_array_equal(image, solo(checkpoint, specs[slot], dtype, solver))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_is_named_on_request(tiny_checkpoint: Path, value: float) -> None:
-    runner = Runner(load_checkpoint(tiny_checkpoint), CPU, torch.float32, num_slots=4)
-    runner.latents[2, 0, 1, 1] = value
-    runner.decode([0, 2])
+    runner = make_runner(tiny_checkpoint, torch.float32, slots=4)
+    runner.latents[2, 5, 0] = value
+    runner.decode([0, 2]).images()
     with pytest.raises(NonFiniteError, match="slots 2 are not finite") as raised:
-        runner.decode([3, 2, 1], must_be_finite=True)
+        runner.decode([3, 2, 1]).images(must_be_finite=True)
     assert raised.value.slots == [2]
 
 
@@ -134,15 +141,15 @@ def test_what_is_not_finite_is_named_on_request(tiny_checkpoint: Path, value: fl
 def test_images_are_those_of_the_plain_model(
     packs: bool, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rae.server.runner.can_pack", lambda: packs and can_pack())
-    runner = Runner(load_checkpoint(tiny_checkpoint), CPU, torch.float32, num_slots=4)
+    monkeypatch.setattr("rae.server.devices.can_pack", lambda: packs and can_pack())
+    runner = make_runner(tiny_checkpoint, torch.float32, slots=4)
     specs = mixed_specs(4, steps=9, null_label=4)
     for slot, spec in enumerate(specs):
         runner.start(slot, spec)
     for step in range(8):
         runner.step([(slot, step) for slot in range(4)])
     plain = load_checkpoint(tiny_checkpoint)
-    for image, spec in zip(runner.decode(range(4)), specs, strict=True):
+    for image, spec in zip(runner.decode(range(4)).images(), specs, strict=True):
         expected = solo(plain, spec, torch.float32)
         if packs:  # a rounding may turn a .5
             assert np.abs(image.astype(int) - expected).max() <= 1
@@ -152,7 +159,7 @@ def test_images_are_those_of_the_plain_model(
 
 
 def test_second_branches_are_planned_only_inside_the_interval(tiny_checkpoint: Path) -> None:
-    runner = Runner(load_checkpoint(tiny_checkpoint), CPU, torch.float32, num_slots=1)
+    runner = make_runner(tiny_checkpoint, torch.float32, slots=1)
     spec = ImageSpec(class_label=1, seed=0, steps=11, cfg=2.0, guidance_interval=(0.25, 0.75))
     plan = runner.plan(spec)
     times = timesteps(11, 1.5)[:-1].tolist()
@@ -173,6 +180,6 @@ def test_what_is_missing_is_refused_by_name() -> None:
             resolve_device("cuda")
     with pytest.raises(ValueError, match="'tpu' is not one of auto, cuda, mps, cpu"):
         resolve_device("tpu")
-    with pytest.raises(ValueError, match="'fp8' is not one of auto, fp32, bf16"):
+    with pytest.raises(ValueError, match="'fp8' is not one of auto, fp32, tf32, bf16"):
         resolve_precision("fp8", CPU)
-    assert resolve_precision("auto", CPU) == torch.float32
+    assert resolve_precision("auto", CPU) == ("fp32", torch.float32)

@@ -32,7 +32,7 @@ from rae.server import partial
 from rae.server.cli import app
 from rae.server.command_settings import SampleSettings
 from rae.server.job import Job
-from rae.server.runner import Runner
+from rae.server.runner import Runner, RunnerOptions
 from rae.server.sample import make, progress
 from rae.server.settings import embedded_model
 
@@ -139,7 +139,7 @@ def test_images_are_those_of_denoise(
     assert done.exit_code == 0, done.output
     checkpoint = load_checkpoint(tiny_checkpoint)
     config = checkpoint.config
-    Runner(checkpoint, torch.device("cpu"), torch.float32, num_slots=1)  # brings it to its form
+    Runner(checkpoint, torch.device("cpu"), RunnerOptions())  # brings it to its form
     with torch.inference_mode():
         latents = denoise(
             checkpoint.dit_dh,
@@ -169,6 +169,7 @@ def test_images_are_those_of_denoise(
         "device": "cpu",
         "precision": "fp32",
         "kernels": "auto",
+        "compile": "auto",
         "attention": "auto",
         "pixels": pixels,
     }
@@ -491,7 +492,7 @@ def test_a_batch_that_is_filled_up_gives_the_same_images(tiny_checkpoint: Path) 
     settings = SampleSettings(out=Path("a.npz"), num=8, steps=3)
     about = {"checkpoint_sha256": checkpoint.sha256, "device": "cpu", "precision": "fp32"}
     job = Job.of(settings, checkpoint.config, **about)
-    runner = Runner(checkpoint, torch.device("cpu"), torch.float32, num_slots=8)
+    runner = Runner(checkpoint, torch.device("cpu"), RunnerOptions(max_rows=16, slots=8))
     alone, filled = (make(runner, [2, 5, 7], job, num_rows) for num_rows in (3, 8))
     np.testing.assert_array_equal(np.stack(filled), np.stack(alone))
 

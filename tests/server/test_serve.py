@@ -116,7 +116,7 @@ def test_a_client_that_leaves_frees_its_slots_and_harms_nobody(url: str) -> None
     cancelled_before, rows_before = scraped(url, cancelled), scraped(url, rows)
     leaving = connect(url)
     leaving.request("POST", "/generate", json.dumps(LARGE), JSON)
-    wait_until(lambda: scraped(url, "rae_running_images") == 7, 20)
+    wait_until(lambda: scraped(url, "rae_running_images") > 0, 20)
     with ThreadPoolExecutor() as threads:
         staying = threads.submit(post, url, SMALL)
         wait_until(lambda: scraped(url, "rae_waiting_images") > 0, 20)
@@ -131,7 +131,7 @@ def test_a_client_that_leaves_frees_its_slots_and_harms_nobody(url: str) -> None
 def test_a_short_request_overtakes_a_long_one(url: str) -> None:
     with ThreadPoolExecutor() as threads:
         long = threads.submit(post, url, {"class_id": 1, "steps": 1000, "n": 4})
-        wait_until(lambda: scraped(url, "rae_running_images") == 4, 20)
+        wait_until(lambda: scraped(url, "rae_running_images") > 0, 20)
         assert post(url, SMALL)[0] == 200
         assert not long.done()
         assert long.result()[0] == 200
@@ -143,7 +143,7 @@ def test_sigterm_finishes_what_runs_and_exits_0(serve: Serve) -> None:
         idle.request("GET", "/health/live")
         idle.getresponse().read()
         running = threads.submit(post, url, {**LARGE, "n": 4})
-        wait_until(lambda: scraped(url, "rae_running_images") == 4, 20)
+        wait_until(lambda: scraped(url, "rae_running_images") > 0, 20)
         process.send_signal(signal.SIGTERM)
         status, body = running.result()
         assert (status, len(json.loads(body)["images"])) == (200, 4)
