@@ -26,9 +26,16 @@ MAY_IMPORT = {
 }
 # `rae train` and `rae eval` are the one place where the server meets training.
 EXCEPTION = ("server/cli.py", "rae.training.cli")
-SERVER_ORDER = {"app": 3, "engine": 2, "scheduler": 1, "runner": 1, "request": 0}
+SERVER_ORDER = {
+    "app": 3,
+    "engine": 2,
+    "scheduler": 1,
+    "runner": 1,
+    "conditioning": 0,
+    "request": 0,
+}
 TENSORS = ("torch", "torchvision", "triton", "safetensors.torch")
-MAY_TOUCH_TENSORS = {"server/runner.py"}
+MAY_TOUCH_TENSORS = {"server/runner.py", "server/conditioning.py"}
 MAY_TOUCH_PYDANTIC = {"server/schemas.py"}
 # Names that scripts meet through transformers even though nothing here depends on them.
 FOREIGN_NAMES = {"kernels"}
@@ -213,7 +220,7 @@ def layers_are_kept(root: Path) -> list[str]:
 def server_order_is_kept(root: Path) -> list[str]:
     ranks = {f"server/{name}.py": rank for name, rank in SERVER_ORDER.items()}
     return [
-        f"{i}: the order is app, engine, scheduler or runner, request"
+        f"{i}: the order is app, engine, scheduler or runner, request or conditioning"
         for i in all_imports(root, "server")
         for name, rank in SERVER_ORDER.items()
         if i.file in ranks and i.is_from(f"rae.server.{name}") and rank >= ranks[i.file]
