@@ -26,11 +26,26 @@ MAY_IMPORT = {
 }
 # `rae train` and `rae eval` are the one place where the server meets training.
 EXCEPTION = ("server/cli.py", "rae.training.cli")
-SERVER_ORDER = {"app": 3, "engine": 2, "scheduler": 1, "runner": 1, "request": 0}
+SERVER_ORDER = {
+    "app": 3,
+    "engine": 2,
+    "scheduler": 1,
+    "runner": 1,
+    "conditioning": 0,
+    "request": 0,
+}
 TENSORS = ("torch", "torchvision", "triton", "safetensors.torch")
 MAY_TOUCH_TENSORS = {
     f"server/{name}.py"
-    for name in ("devices", "descriptors", "graphs", "decoding", "runner", "warm_up")
+    for name in (
+        "conditioning",
+        "decoding",
+        "descriptors",
+        "devices",
+        "graphs",
+        "runner",
+        "warm_up",
+    )
 }
 MAY_TOUCH_PYDANTIC = {"server/schemas.py"}
 # Names that scripts meet through transformers even though nothing here depends on them.
@@ -216,7 +231,7 @@ def layers_are_kept(root: Path) -> list[str]:
 def server_order_is_kept(root: Path) -> list[str]:
     ranks = {f"server/{name}.py": rank for name, rank in SERVER_ORDER.items()}
     return [
-        f"{i}: the order is app, engine, scheduler or runner, request"
+        f"{i}: the order is app, engine, scheduler or runner, request or conditioning"
         for i in all_imports(root, "server")
         for name, rank in SERVER_ORDER.items()
         if i.file in ranks and i.is_from(f"rae.server.{name}") and rank >= ranks[i.file]
