@@ -1,86 +1,224 @@
-"""Which images run: pure Python, no tensors, no clock, no threads.
+"""Which images advance in the next step: pure Python, no tensors, no clock, no threads.
 
-Every running image advances by one evaluation a step, so requests join and leave at any step.
+An image keeps its progress in a slot, whether it advances or not: so a step can always serve those
+whose turn it is. Requests of a higher priority go first, among equals in fair order.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import chain, count, islice
+from typing import get_args
 
-from rae.server.request import Request, Sample
+from rae.server.fair_order import FairOrder
+from rae.server.request import Priority, Request, Sample
+from rae.server.step_times import StepTimes
+
+LAMBDA = 0.05
 
 
 class Scheduler:
-    """Waiting requests, and running samples by slot."""
+    """Waiting requests, and running samples by slot: those that have been in a step.
 
-    def __init__(self, num_slots: int) -> None:
+    A step evaluates at most `max_rows` rows of the model; `num_slots` should be a few times as
+    many, as a request waits where all are taken.
+    """
+
+    def __init__(self, num_slots: int, max_rows: int, step_times: StepTimes) -> None:
         self.waiting: dict[Request, deque[Sample]] = {}
         self.running: dict[int, Sample] = {}
         self.cost = 0.0  # what is left to do, in rows of the model
+        self._costs: dict[Request, float] = {}
+        self._started: dict[Request, dict[Sample, None]] = {}
+        self._orders = {priority: FairOrder() for priority in reversed(get_args(Priority))}
         self._free = list(reversed(range(num_slots)))
-        self._reserve = num_slots // 8
+        self._max_rows = max_rows
+        self._last_rows = 0
+        self._step_times = step_times
+        self._cancelled: deque[Request] = deque()
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._arrivals = count()
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self._costs)
 
     @property
     def requests(self) -> set[Request]:
-        return {*self.waiting, *(sample.request for sample in self.running.values())}
+        return set(self._costs)
 
     @property
     def num_waiting(self) -> int:
         return sum(map(len, self.waiting.values()))
 
     def add(self, request: Request) -> None:
+        cost = sum(sample.remaining_cost for sample in request.samples)
         self.waiting[request] = deque(request.samples)
-        self.cost += sum(sample.remaining_cost for sample in request.samples)
+        self._started[request] = {}
+        self._costs[request] = cost
+        self.cost += cost
+        self._orders[request.priority].add(request, cost)
+        if request.deadline < math.inf:
+            heapq.heappush(self._deadlines, (request.deadline, next(self._arrivals), request))
+        # Called where the future is cancelled, in any thread: a deque takes that.
+        request.future.add_done_callback(
+            lambda future: self._cancelled.append(request) if future.cancelled() else None
+        )
 
-    def drop_cancelled(self) -> None:
-        """Forget the requests whose future was cancelled."""
-        for request in [r for r in self.requests if r.future.cancelled()]:
-            self.remove(request)
+    def drop(self, now: float) -> list[Request]:
+        """Forget the requests whose future was cancelled, and those whose deadline has passed;
+        return the latter."""
+        while self._cancelled:
+            self.remove(self._cancelled.popleft())
+        expired: list[Request] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            *_, request = heapq.heappop(self._deadlines)
+            if request in self._costs:
+                self.remove(request)
+                expired.append(request)
+        return expired
 
-    def admit(self) -> list[Sample]:
-        """Give free slots to waiting samples: first to the request with the fewest running; among
-        equals, to the oldest. The last eighth of the slots is for requests that have none, so
-        that a large one does not keep the small ones out."""
-        admitted: list[Sample] = []
-        while self._free and self.waiting:
-            request = min(self.waiting, key=lambda r: r.num_running)
-            if request.num_running and len(self._free) <= self._reserve:
-                break
-            sample = self.waiting[request].popleft()
-            if not self.waiting[request]:
-                del self.waiting[request]
-            sample.slot = self._free.pop()
-            self.running[sample.slot] = sample
-            request.num_running += 1
-            admitted.append(sample)
-        return admitted
+    def select(self) -> list[Sample]:
+        """Who advances in the next step; those who were waiting get a slot."""
+        selected = self._worthwhile(self._fill())
+        self._last_rows = sum(sample.plan.model_rows(sample.step) for sample in selected)
+        for sample in selected:
+            if sample.slot < 0:
+                self._start(sample)
+        return selected
 
-    def advance(self) -> list[Sample]:
-        """Count one evaluation for every running sample; those at their last one leave."""
-        for sample in self.running.values():
-            self.cost -= sample.remaining_cost
+    def advance(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Count one evaluation for each of `samples`; those at their last one leave."""
+        served = dict.fromkeys(self._orders, 0.0)
+        for sample in samples:
+            cost = sample.remaining_cost
             sample.step += 1
-            self.cost += sample.remaining_cost
-        denoised = [sample for sample in self.running.values() if sample.denoised]
+            cost -= sample.remaining_cost
+            self.cost -= cost
+            self._costs[sample.request] -= cost
+            served[sample.request.priority] += cost
+        for priority, cost in served.items():
+            self._orders[priority].serve(cost)
+        denoised = [sample for sample in samples if sample.denoised]
         for sample in denoised:
-            self._release(sample)
+            self._free_slot(sample)
+        for request in {sample.request for sample in denoised}:
+            if not self._started[request] and request not in self.waiting:
+                self._forget(request)
         return denoised
 
     def remove(self, request: Request) -> None:
-        """Forget a request, wherever its samples are."""
-        for sample in self.waiting.pop(request, ()):
-            self.cost -= sample.remaining_cost
-        for sample in [s for s in self.running.values() if s.request is request]:
-            self._release(sample)
+        """Forget a request, wherever its samples are; nothing for one that is not here."""
+        if request in self._costs:
+            self.waiting.pop(request, None)
+            for sample in list(self._started[request]):
+                self._free_slot(sample)
+            self._forget(request, unserved=self._costs[request])
 
-    def _release(self, sample: Sample) -> None:
+    def predict_s(self, samples: Sequence[Sample]) -> float:
+        """Seconds until `samples`, which may be added yet or not, are done if nobody else comes."""
+        requests = {sample.request for sample in samples}
+        new = [request for request in requests if request not in self._costs]
+        for request in new:
+            cost = sum(sample.remaining_cost for sample in samples if sample.request is request)
+            self._costs[request] = cost
+            self._orders[request.priority].add(request, cost)
+        cost = self._cost_until(requests)
+        for request in new:
+            self._orders[request.priority].remove(request, self._costs.pop(request))
+        return max(self.drain_s(cost), self._steps_s(samples))
+
+    def drain_s(self, cost: float) -> float:
+        """Seconds in which the device works off `cost`, in full steps."""
+        return cost / self._step_times.rate
+
+    def _cost_until(self, requests: set[Request]) -> float:
+        """What is left of `requests` and of all that is served before the last of them."""
+        cost, left = 0.0, len(requests)
+        for request in self._requests_in_order():
+            cost += self._costs[request]
+            left -= request in requests
+            if not left:
+                break
+        return cost
+
+    def _steps_s(self, samples: Sequence[Sample]) -> float:
+        """Seconds for the evaluations of `samples`, in steps as full as the last one was."""
+        rows = sum(sample.plan.model_rows(sample.step) for sample in samples)
+        rows = max(rows, self._last_rows) if self.running else rows
+        step_s = self._step_times.seconds(min(rows, self._max_rows))
+        return step_s * max(sample.spec.num_evaluations - sample.step for sample in samples)
+
+    def _requests_in_order(self) -> Iterator[Request]:
+        return chain.from_iterable(self._orders.values())
+
+    def _candidates(self) -> Iterator[Sample]:
+        """In order, those with a slot and as many others as slots are free."""
+        free = len(self._free)
+        for request in self._requests_in_order():
+            yield from self._started[request]
+            for sample in islice(self.waiting.get(request, ()), free):
+                free -= 1
+                yield sample
+
+    def _fill(self) -> list[Sample]:
+        """The first in order, as many as fit into a step, the first of all in any case."""
+        filling: list[Sample] = []
+        rows = 0
+        # An image of two rows may leave the last row to a later one; nobody looks far for that.
+        for sample in islice(self._candidates(), 2 * self._max_rows):
+            more = sample.plan.model_rows(sample.step)
+            if filling and rows + more > self._max_rows:
+                continue
+            filling.append(sample)
+            rows += more
+            if rows >= self._max_rows:
+                break
+        return filling
+
+    def _worthwhile(self, samples: list[Sample]) -> list[Sample]:
+        """As many of the first as let the requests end soonest, in the mean.
+
+        J equal requests, M of them at a time, end after (J + M) / 2M of such turns in the mean: few
+        at a time end early, many are evaluated faster.
+        """
+        count, best, work = 0, math.inf, 0.0
+        model_rows = guide_rows = 0
+        requests: set[Request] = set()
+        for number, sample in enumerate(samples, 1):
+            costs, step = sample.plan.costs, sample.step
+            work += costs[step] - costs[step + 1]
+            model_rows += sample.plan.model_rows(step)
+            guide_rows += sample.plan.guide_rows(step)
+            requests.add(sample.request)
+            turns = (len(self._costs) + LAMBDA * len(requests)) / work
+            score = self._step_times.seconds(model_rows, guide_rows) * turns
+            if score <= best:
+                count, best = number, score
+        return samples[:count]
+
+    def _start(self, sample: Sample) -> None:
+        request = sample.request
+        self.waiting[request].remove(sample)
+        if not self.waiting[request]:
+            del self.waiting[request]
+        sample.slot = self._free.pop()
+        self.running[sample.slot] = sample
+        self._started[request][sample] = None
+        request.num_running += 1
+
+    def _free_slot(self, sample: Sample) -> None:
         del self.running[sample.slot]
-        sample.request.num_running -= 1
+        del self._started[sample.request][sample]
         self._free.append(sample.slot)
-        self.cost -= sample.remaining_cost
-        if not self.has_work:
+        sample.request.num_running -= 1
+
+    def _forget(self, request: Request, unserved: float = 0.0) -> None:
+        self._orders[request.priority].remove(request, unserved)
+        del self._started[request]
+        self.cost -= self._costs.pop(request)
+        if not self._costs:
             self.cost = 0.0  # the guide's share is no integer: sums drift
