@@ -11,6 +11,10 @@ from torch import Tensor
 
 from rae.models.config import DiTDHConfig
 from rae.models.dit_dh import Conditioning, DiTDH
+from rae.server.descriptors import to_device
+
+Key = tuple[int, float]
+"""A class label, and a time that is a number of fp32."""
 
 # A GEMM's kernel, and with it a row's last bits, may depend on how many rows there are: it is
 # always as many. One evaluation for the published 49 steps.
@@ -23,11 +27,11 @@ def bytes_per_row(config: DiTDHConfig, dtype: torch.dtype) -> int:
 
 
 class ConditioningCache:
-    """The conditioning of a model by (class label, time), in an arena of `capacity` rows.
+    """The conditioning of a model by class label and time, in an arena of `capacity` rows; the row
+    that was used least recently is overwritten first.
 
-    A row is pinned while an image that runs needs it; of the others, the least recently released
-    is the first to be overwritten. The arena never moves, so that a CUDA graph can gather from it.
-    For one thread, and one stream: that of the steps.
+    The arena never moves, so that a CUDA graph can gather from it. What is written is in the
+    stream's order: a step that was sent before reads what was there before.
 
     Args:
         model: on `device`, in the form in which it runs.
@@ -38,73 +42,49 @@ class ConditioningCache:
         self, model: DiTDH, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         width, depth = model.config.hidden_size, model.config.depth
+        self.capacity = capacity
         self.time = torch.zeros(capacity, width, device=device, dtype=dtype)
         self.modulations = torch.zeros(capacity, depth, 6 * width, device=device, dtype=dtype)
         self.hits = self.misses = 0
         self._model = model
-        self._rows: dict[tuple[int, float], int] = {}
-        self._keys: list[tuple[int, float] | None] = [None] * capacity
-        self._pins = [0] * capacity
-        self._idle = OrderedDict.fromkeys(range(capacity))  # least recently released first
+        self._rows: OrderedDict[Key, int] = OrderedDict()  # the least recently used first
+        self._empty = list(reversed(range(capacity)))
 
     @torch.inference_mode()
-    def acquire(self, class_label: int, times: Sequence[float]) -> list[int] | None:
-        """The row of each of `times`, numbers of fp32; pinned until `release`.
-
-        What is missing is evaluated at once. None where the rows do not fit beside those that are
-        pinned; nothing is changed or counted then.
-        """
-        keys = [(class_label, t) for t in times]
-        missing = [key for key in dict.fromkeys(keys) if key not in self._rows]
-        found = {self._rows[key] for key in keys if key in self._rows}
-        if len(missing) > len(self._idle) - len(found & self._idle.keys()):
-            return None
-        labels, new_times = [class_label] * len(missing), [t for _, t in missing]
-        values = self.evaluate(labels, new_times) if missing else None
-        for row in found:
-            self._idle.pop(row, None)
-        if values is not None:
-            index = torch.tensor([self._take(key) for key in missing], device=self.time.device)
+    def rows(self, keys: Sequence[Key]) -> list[int]:
+        """The row of each key, at most `capacity` different ones. They stay until others are asked
+        for; what is missing is evaluated at once."""
+        wanted = dict.fromkeys(keys)
+        assert len(wanted) <= self.capacity
+        missing = [key for key in wanted if key not in self._rows]
+        for key in wanted:
+            if key in self._rows:
+                self._rows.move_to_end(key)
+        if missing:
+            values = self._evaluate(missing)
+            for key in missing:
+                row = self._empty.pop() if self._empty else self._rows.popitem(last=False)[1]
+                self._rows[key] = row
+            device = self.time.device
+            index = to_device([self._rows[key] for key in missing], torch.int64, device)
             self.time.index_copy_(0, index, values.time)
             self.modulations.index_copy_(0, index, values.modulations)
-        rows = [self._rows[key] for key in keys]
-        for row in rows:
-            self._pins[row] += 1
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
-        return rows
-
-    def release(self, rows: Sequence[int]) -> None:
-        """Give back what an `acquire` returned; its rows stay until their place is needed."""
-        for row in rows:
-            assert self._pins[row] > 0, f"row {row} is not pinned"
-            self._pins[row] -= 1
-            if not self._pins[row]:
-                self._idle[row] = None
+        return [self._rows[key] for key in keys]
 
     def gather(self, rows: Tensor) -> Conditioning:
         """The conditioning of rows (B,) int64, which are on the device; a copy."""
         time, modulations = self.time, self.modulations
         return Conditioning(time.index_select(0, rows), modulations.index_select(0, rows))
 
-    @torch.inference_mode()
-    def evaluate(self, class_labels: Sequence[int], times: Sequence[float]) -> Conditioning:
-        """The conditioning of one or more labels and times, not kept: the bits of `acquire`."""
+    def _evaluate(self, keys: Sequence[Key]) -> Conditioning:
         device, dtype = self.time.device, self.time.dtype
-        labels = torch.tensor(class_labels, device=device)
-        t = torch.tensor(times, dtype=torch.float32, device=device)
-        pad = (0, -len(t) % CHUNK)
-        chunks = zip(F.pad(t, pad).split(CHUNK), F.pad(labels, pad).split(CHUNK), strict=True)
+        pad = (0, -len(keys) % CHUNK)
+        labels = F.pad(to_device([label for label, _ in keys], torch.int64, device), pad)
+        t = F.pad(to_device([t for _, t in keys], torch.float32, device), pad)
+        chunks = zip(t.split(CHUNK), labels.split(CHUNK), strict=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             parts = [self._model.condition(*chunk) for chunk in chunks]
-        time, modulations = (torch.cat(values)[: len(t)] for values in zip(*parts, strict=True))
+        time, modulations = (torch.cat(values)[: len(keys)] for values in zip(*parts, strict=True))
         return Conditioning(time, modulations)
-
-    def _take(self, key: tuple[int, float]) -> int:
-        """Give `key` the row that was released least recently."""
-        row, _ = self._idle.popitem(last=False)
-        before = self._keys[row]
-        if before is not None:
-            del self._rows[before]
-        self._keys[row], self._rows[key] = key, row
-        return row

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,10 +15,12 @@ RUN_AHEAD = 2
 INTEGERS = (
     "slots",  # of each row of the model: whose latents it reads
     "labels",
+    "kept",  # where the row's conditioning is kept, if it is
     "targets",  # the slot that a row updates, or -1 for a second branch or a pad
     "weak_rows",  # as `guided_euler` takes them
     "guide_slots",
     "guide_labels",
+    "guide_kept",
 )
 FLOATS = ("t", "dt", "scales", "guide_t")
 
@@ -62,3 +66,12 @@ def views(buffer: Tensor, capacity: int) -> dict[str, Tensor]:
     integers = buffer[: 8 * capacity * len(INTEGERS)].view(torch.int64).split(capacity)
     floats = buffer[8 * capacity * len(INTEGERS) :].view(torch.float32).split(capacity)
     return dict(zip((*INTEGERS, *FLOATS), (*integers, *floats), strict=True))
+
+
+def to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(len(values),) on the device. On CUDA by pinned memory: any other copy would wait for all
+    steps that were sent."""
+    tensor = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

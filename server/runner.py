@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,10 +21,12 @@ from rae.models.checkpoint import Checkpoint
 from rae.models.config import GuidanceMethod, Solver
 from rae.models.dit_dh import DiTDH
 from rae.models.sampling import Guidance, denoise, draw_noise, timesteps
+from rae.server.conditioning import ConditioningCache, bytes_per_row
 from rae.server.decoding import Decoding, ImageDecoder
-from rae.server.descriptors import RUN_AHEAD, Descriptors
+from rae.server.descriptors import RUN_AHEAD, Descriptors, to_device
 from rae.server.devices import num_slots, prepare, resolve_precision, set_matmul_precision
-from rae.server.graphs import Buckets, Replayed, compile_regions, keep_compiled
+from rae.server.evaluation import Evaluation
+from rae.server.graphs import Buckets, compile_regions, keep_compiled
 from rae.server.request import ImageSpec, Plan
 from rae.server.settings import Attention, Compile, Kernels, Precision
 
@@ -39,8 +41,9 @@ class RunnerOptions:
     """How the models run. `max_rows` bounds the model's rows in a step; `slots` are as many as
     memory allows where they are None.
 
-    With `deterministic` every step and decoding has the same number of rows, so that no image's
-    bits can depend on how many others there are.
+    `conditioning_bytes` bound what is kept, of each model, for labels and times that come again; 0
+    keeps nothing. With `deterministic` every step and decoding has the same number of rows, so that
+    no image's bits can depend on how many others there are.
     """
 
     max_rows: int = 64
@@ -50,6 +53,7 @@ class RunnerOptions:
     attention: Attention = "auto"
     compile: Compile = "auto"
     graphs: bool = True
+    conditioning_bytes: int = 0
     deterministic: bool = False
 
 
@@ -59,31 +63,6 @@ class StepTiming(NamedTuple):
     model_rows: int
     guide_rows: int
     seconds: float
-
-
-class Evaluation:
-    """One model on rows that name slots."""
-
-    def __init__(
-        self,
-        model: DiTDH,
-        latents: Tensor,
-        slots: Tensor,
-        labels: Tensor,
-        t: Tensor,
-        autocast: Callable[[], AbstractContextManager[object]],
-        *,
-        captures: bool,
-    ) -> None:
-        self._model, self._latents, self._autocast = model, latents, autocast
-        self._slots, self._labels, self._t = slots, labels, t
-        self.rows = Replayed(self._evaluate, latents.device, captures=captures)
-
-    def _evaluate(self, rows: int) -> Tensor:
-        """Velocities (rows, N, C) of the first rows, in the dtype of the last matmul."""
-        with self._autocast():
-            conditioning = self._model.condition(self._t[:rows], self._labels[:rows])
-            return self._model.velocity(self._latents[self._slots[:rows]], conditioning)
 
 
 class Runner:
@@ -137,9 +116,17 @@ class Runner:
             compile_regions(model, ("blocks", "decoder_layers"))
 
     def _evaluation(self, model: DiTDH, prefix: str = "") -> Evaluation:
-        slots, labels, t = (self._rows.read[prefix + name] for name in ("slots", "labels", "t"))
-        latents, captures = self.latents, self.captures
-        return Evaluation(model, latents, slots, labels, t, self.autocast, captures=captures)
+        bound = self.options.conditioning_bytes
+        capacity = bound // bytes_per_row(model.config, self._dtype)
+        fits = capacity >= self.buckets.largest
+        return Evaluation(
+            model,
+            self.latents,
+            {name: self._rows.read[prefix + name] for name in ("slots", "labels", "t", "kept")},
+            ConditioningCache(model, capacity, self.device, self._dtype) if fits else None,
+            self.autocast,
+            captures=self.captures,
+        )
 
     def _buckets(self, largest: int) -> Buckets:
         if self.options.deterministic:
@@ -196,7 +183,14 @@ class Runner:
         if self.device.type == "cuda":  # a copy from memory that is not pinned waits for all steps
             noise = noise.contiguous().pin_memory()
         self.latents[slot].copy_(noise, non_blocking=True)
-        self._images[slot] = (spec, self.plan(spec))
+        plan = self.plan(spec)
+        self._images[slot] = (spec, plan)
+        second = [t for t, guided in zip(plan.times, plan.guided, strict=False) if guided]
+        self.model.keep((spec.class_label, t) for t in plan.times[:-1])
+        if plan.method == "cfg":
+            self.model.keep((self.config.dit_dh.null_label, t) for t in second)
+        elif self.guide is not None:
+            self.guide.keep((spec.class_label, t) for t in second)
 
     @torch.inference_mode()
     def step(self, rows: Sequence[tuple[int, int]]) -> StepTiming | None:
@@ -247,26 +241,27 @@ class Runner:
         write, null_label = self._rows.write, self.config.dit_dh.null_label
         write["targets"].fill(-1)
         write["weak_rows"].fill(-1)
+        model: list[tuple[int, int, float]] = []
         cfg: list[int] = []
         auto: list[int] = []
         for row, (slot, step) in enumerate(rows):
             spec, plan = self._images[slot]
-            t, t_next = plan.times[step], plan.times[step + 1]
-            write["slots"][row] = write["targets"][row] = slot
-            write["labels"][row], write["t"][row] = spec.class_label, t
+            t, t_next = plan.times[step : step + 2]
+            model.append((slot, spec.class_label, t))
+            write["targets"][row] = slot
             write["dt"][row], write["scales"][row] = t_next - t, plan.scale
             if plan.guided[step]:
                 (cfg if plan.method == "cfg" else auto).append(row)
-        num_model = len(rows) + len(cfg)
-        for second, row in enumerate(cfg, start=len(rows)):
-            write["slots"][second], write["labels"][second] = write["slots"][row], null_label
-            write["t"][second], write["weak_rows"][row] = write["t"][row], second
-        for second, row in enumerate(auto):
-            for name in ("slots", "labels", "t"):
-                write[f"guide_{name}"][second] = write[name][row]
-            write["weak_rows"][row] = self.buckets(num_model) + second
+        guide = [model[row] for row in auto]
+        model += [(model[row][0], null_label, model[row][2]) for row in cfg]
+        write["weak_rows"][cfg] = range(len(rows), len(model))
+        first = self.buckets(len(model))  # the guide's rows count on from the model's, with pads
+        write["weak_rows"][auto] = range(first, first + len(auto))
+        self.model.describe(model, write, "")
+        if self.guide is not None and guide:
+            self.guide.describe(guide, write, "guide_")
         self._rows.send()
-        return num_model, len(auto)
+        return len(model), len(guide)
 
     def _velocities(self, num_model: int, num_guide: int) -> tuple[Tensor, Tensor | None]:
         """Of all rows and of the guide's, pads included."""
@@ -309,7 +304,5 @@ class Runner:
     def decode(self, slots: Sequence[int], *, truncate: bool = False) -> Decoding:
         """Images of the latents in `slots`, which may be started anew at once. Pixels are rounded,
         or truncated as published."""
-        indices = torch.tensor(slots)
-        if self.device.type == "cuda":
-            indices = indices.pin_memory().to(self.device, non_blocking=True)
-        return self.decoder.decode(slots, self.latents[indices], truncate=truncate)
+        latents = self.latents[to_device(slots, torch.int64, self.device)]
+        return self.decoder.decode(slots, latents, truncate=truncate)

@@ -42,6 +42,7 @@ MAY_TOUCH_TENSORS = {
         "decoding",
         "descriptors",
         "devices",
+        "evaluation",
         "graphs",
         "runner",
         "warm_up",

@@ -1,4 +1,4 @@
-"""The conditioning cache: the model's own bits; rows that are shared, pinned and overwritten."""
+"""The conditioning cache: the model's own bits; rows that are shared and overwritten."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rae.models.cpu import can_pack, pack
 from rae.models.dit_dh import Conditioning, DiTDH
 from rae.models.layers import store_matmul_weights
 from rae.models.sampling import timesteps
-from rae.server.conditioning import CHUNK, ConditioningCache, bytes_per_row
+from rae.server.conditioning import CHUNK, ConditioningCache, Key, bytes_per_row
 
 CPU = torch.device("cpu")
 PREPARE = {"plain": store_matmul_weights} | ({"packed": pack} if can_pack() else {})
@@ -32,15 +32,9 @@ def cache(model: DiTDH) -> ConditioningCache:
     return ConditioningCache(model, 4, CPU, torch.float32)
 
 
-def acquire(cache: ConditioningCache, class_label: int, *times: float) -> list[int]:
-    rows = cache.acquire(class_label, times)
-    assert rows is not None
-    return rows
-
-
 def misses(cache: ConditioningCache, class_label: int, *times: float) -> int:
     before = cache.misses
-    cache.release(acquire(cache, class_label, *times))
+    cache.rows([(class_label, t) for t in times])
     return cache.misses - before
 
 
@@ -64,9 +58,9 @@ def test_rows_are_the_bits_of_the_model_alone(
     cache = ConditioningCache(model, 200, CPU, dtype)
     grids = {2: timesteps(50, 3.0)[:-1].tolist(), 4: timesteps(99, 1.5)[:-1].tolist()}
     assert len(grids[4]) > CHUNK
-    cache.release(acquire(cache, 2, *grids[2][::5]))  # then a part is there
+    cache.rows([(2, t) for t in grids[2][::5]])  # then a part is there
     for label, grid in grids.items():
-        rows = acquire(cache, label, *grid)
+        rows = cache.rows([(label, t) for t in grid])
         for row, t in zip(rows, grid, strict=True):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 alone = model.condition(torch.tensor([t]), torch.tensor([label]))
@@ -87,64 +81,39 @@ def test_the_model_always_sees_the_same_number_of_rows(
 
     monkeypatch.setattr(model, "condition", watched)
     for label, count in enumerate((1, CHUNK, CHUNK + 1)):
-        acquire(cache, label, *torch.linspace(0, 1, count).tolist())
+        cache.rows([(label, t) for t in torch.linspace(0, 1, count).tolist()])
     assert seen == [(CHUNK, CHUNK)] * 4
 
 
-def test_the_least_recently_released_row_goes_first(cache: ConditioningCache) -> None:
-    first = acquire(cache, 0, 0.1, 0.2)
-    second = acquire(cache, 0, 0.3, 0.4)
-    cache.release(second)
-    cache.release(first)
+def test_the_least_recently_used_row_goes_first(cache: ConditioningCache) -> None:
+    assert misses(cache, 0, 0.1, 0.2, 0.3, 0.4) == 4
+    assert misses(cache, 0, 0.2, 0.1) == 0
     assert misses(cache, 1, 0.3) == 1  # in place of (0, 0.3): a label has rows of its own
-    assert misses(cache, 0, 0.2) == 0
-    assert misses(cache, 1, 0.1, 0.2) == 2  # of (0, 0.4) and (0, 0.1)
-    assert misses(cache, 0, 0.2) == 0
-    assert misses(cache, 1, 0.1, 0.2, 0.3) == 0
-    assert misses(cache, 0, 0.1) == 1
+    assert misses(cache, 0, 0.1, 0.2) == 0
+    assert misses(cache, 0, 0.4, 0.3) == 1
+    assert misses(cache, 1, 0.3) == 1
 
 
-def test_pinned_rows_stay(cache: ConditioningCache) -> None:
+def test_what_is_asked_for_together_stays_together(cache: ConditioningCache) -> None:
     place = cache.modulations.data_ptr()
-    held = acquire(cache, 0, 0.1, 0.2)
-    kept = cache.gather(torch.tensor(held))
-    for label in range(1, 5):
-        assert misses(cache, label, 0.1, 0.2) == 2
-    assert equal(cache.gather(torch.tensor(held)), kept)
-    assert acquire(cache, 0, 0.1, 0.2) == held
-    cache.release(held)
-    assert cache.acquire(1, [0.3, 0.4, 0.5]) is None  # they were taken twice
-    cache.release(held)
-    assert acquire(cache, 1, 0.3, 0.4, 0.5)
+    cache.rows([(0, 0.1), (0, 0.2), (0, 0.3), (0, 0.4)])
+    rows = cache.rows([(0, 0.1), (1, 0.2), (1, 0.3), (1, 0.4)])
+    assert sorted(rows) == [0, 1, 2, 3]
     assert cache.modulations.data_ptr() == place
+    with pytest.raises(AssertionError):
+        cache.rows([(0, t) for t in (0.1, 0.2, 0.3, 0.4, 0.5)])
 
 
-def test_what_does_not_fit_changes_nothing(cache: ConditioningCache) -> None:
-    assert cache.acquire(0, [0.1, 0.2, 0.3, 0.4, 0.5]) is None
-    held = acquire(cache, 0, 0.1, 0.2)
-    cache.release(acquire(cache, 0, 0.3, 0.4))
-    assert cache.acquire(0, [0.3, 0.4, 0.5]) is None  # the two are there, a third has no place
-    assert cache.acquire(0, [0.1, 0.5, 0.6, 0.7]) is None
-    assert (cache.hits, cache.misses) == (0, 4)
-    assert misses(cache, 0, 0.1, 0.2, 0.3, 0.4) == 0
-    assert misses(cache, 0, 0.5, 0.6) == 2
-    cache.release(held)
-    with pytest.raises(AssertionError, match="is not pinned"):
-        cache.release(held[:1])
-
-
-def test_a_time_that_comes_twice_has_one_row(cache: ConditioningCache) -> None:
-    rows = acquire(cache, 0, 0.1, 0.2, 0.1)
+def test_a_key_that_comes_twice_has_one_row(cache: ConditioningCache) -> None:
+    rows = cache.rows([(0, 0.1), (0, 0.2), (0, 0.1)])
     assert rows[0] == rows[2] != rows[1]
     assert (cache.hits, cache.misses) == (1, 2)
-    cache.release(rows)
-    assert acquire(cache, 1, 0.1, 0.2, 0.3, 0.4)
 
 
 def test_a_failed_evaluation_loses_no_rows(
     cache: ConditioningCache, model: DiTDH, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache.release(acquire(cache, 0, 0.1, 0.2))
+    assert misses(cache, 0, 0.1, 0.2) == 2
 
     def fail(*_: object) -> Conditioning:
         raise torch.OutOfMemoryError
@@ -152,44 +121,22 @@ def test_a_failed_evaluation_loses_no_rows(
     with monkeypatch.context() as patch:
         patch.setattr(model, "condition", fail)
         with pytest.raises(torch.OutOfMemoryError):
-            cache.acquire(0, [0.1, 0.3])
-    assert acquire(cache, 0, 0.1, 0.2, 0.3, 0.4)
+            cache.rows([(0, 0.1), (0, 0.3)])
+    assert misses(cache, 0, 0.1, 0.2, 0.3, 0.4) == 2
 
 
-TIMES = (0.0, 0.25, 0.5, 0.75, 1.0)
-Action = int | tuple[int, list[float]]
-ACTIONS = st.lists(
-    st.integers(0, 9) | st.tuples(st.integers(0, 4), st.lists(st.sampled_from(TIMES))), max_size=40
-)
+KEYS = [(label, t) for label in range(5) for t in (0.0, 0.25, 0.5, 0.75, 1.0)]
 
 
 @settings(max_examples=40, deadline=None)
-@given(ACTIONS)
-def test_random_use_leaks_nothing(model: DiTDH, actions: list[Action]) -> None:
-    capacity = 6
-    cache = ConditioningCache(model, capacity, CPU, torch.float32)
-    keys = [(label, t) for label in range(5) for t in TIMES]
-    values = cache.evaluate(*zip(*keys, strict=True)).modulations
-    exact = dict(zip(keys, values, strict=True))
-    held: list[tuple[int, list[float], list[int]]] = []
-    for action in actions:
-        if isinstance(action, int):
-            if held:
-                cache.release(held.pop(action % len(held))[2])
-            continue
-        pinned = {(label, t) for label, times, _ in held for t in times}
-        rows = cache.acquire(*action)
-        label, times = action
-        fits = len(pinned | {(label, t) for t in times}) <= capacity
-        assert (rows is not None) == fits
-        if rows is not None:
-            held.append((label, times, rows))
-        for label, times, rows in held:
-            for t, row in zip(times, rows, strict=True):
-                assert cache.modulations[row].equal(exact[label, t])
-    for _, _, rows in held:
-        cache.release(rows)
-    assert len(set(acquire(cache, 0, *torch.linspace(0.1, 0.2, capacity).tolist()))) == capacity
+@given(st.lists(st.lists(st.sampled_from(KEYS), max_size=6), max_size=30))
+def test_rows_hold_what_was_asked_for(model: DiTDH, batches: list[list[Key]]) -> None:
+    every = ConditioningCache(model, len(KEYS), CPU, torch.float32)
+    exact = dict(zip(KEYS, every.modulations[every.rows(KEYS)], strict=True))
+    cache = ConditioningCache(model, 6, CPU, torch.float32)
+    for keys in batches:
+        for key, row in zip(keys, cache.rows(keys), strict=True):
+            assert cache.modulations[row].equal(exact[key])
 
 
 @pytest.mark.parametrize("config", [CONFIGS["DiTDH-XL-256"], CONFIGS["DiTDH-S-256"]])
