@@ -254,8 +254,8 @@ class Engine:
 
         step_times = warm_up(self._runner, say)
         with self._wake:
-            max_rows = min(self._max_rows, self._runner.buckets.largest)
-            self._scheduler.use(step_times, max_rows)
+            self._scheduler.step_times = step_times
+            self._scheduler.max_rows = min(self._max_rows, self._runner.buckets.largest)
         self.ready = True
 
     def _fail(self, error: BaseException, requests: set[Request]) -> None:

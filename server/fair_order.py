@@ -94,7 +94,7 @@ class FairOrder:
             self._overdue.clear()
         elif request in self._overdue:
             del self._overdue[request]
-        elif unserved:
+        else:
             client = self._clients[request.client]
             client.update(self._now)
             del client.tags[bisect_left(client.tags, tag)]
