@@ -110,7 +110,11 @@ class DeadlineError(ApiError):
 
     def __init__(self, deadline_s: float, predicted_s: float | None = None) -> None:
         self.predicted_s = predicted_s
-        reason = "has passed" if predicted_s is None else f"is too short: about {predicted_s:.2f} s"
+        reason = (
+            "has passed"
+            if predicted_s is None
+            else f"is too short: about {predicted_s:.2f} s are needed"
+        )
         super().__init__(f"the deadline of {1000 * deadline_s:.0f} ms {reason}")
 
 

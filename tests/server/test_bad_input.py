@@ -13,6 +13,7 @@ CFG = "a number from 1 (off) to 100"
 STEPS = "an integer from 2 to 1000"
 N = "an integer from 1 to 64"
 SEED = "an integer from 0 to 9007199254740991"
+DEADLINE = "an integer from 1 to 86400000 (a day)"
 INTERVAL = "[low, high] with 0 <= low <= high <= 1"
 
 REFUSED = [
@@ -69,6 +70,11 @@ REFUSED = [
     ("format", '"gif"', '"gif"', "png, jpeg or webp"),
     ("format", '"PNG"', '"PNG"', "png, jpeg or webp"),
     ("solver", '"heun2"', '"heun2"', "euler"),
+    ("priority", '"urgent"', '"urgent"', "low, normal or high"),
+    ("priority", "1", "1", "low, normal or high"),
+    ("deadline_ms", "0", "0", DEADLINE),
+    ("deadline_ms", "86400001", "86400001", DEADLINE),
+    ("deadline_ms", "1.5", "1.5", DEADLINE),
     ("class", "1", "1", "no field of this name, only class_id, class_name, cfg, steps"),
     (r"\ud800", "1", "1", "no field of this name, only"),
 ]

@@ -12,7 +12,7 @@ import pytest
 
 from rae.models.checkpoint import load_checkpoint
 from rae.server.engine import Engine
-from rae.server.errors import EngineClosedError, QueueFullError
+from rae.server.errors import DeadlineError, EngineClosedError, QueueFullError
 from rae.server.metrics import Metrics
 from rae.server.request import ImageSpec, Request
 from rae.server.settings import EngineSettings
@@ -182,3 +182,29 @@ def test_metrics_count_the_arithmetic_minimum_of_rows(
     registry = engine._metrics.registry
     assert registry.get_sample_value("rae_rows_evaluated_total") == 10 + 20
     assert registry.get_sample_value("rae_images_total") == 2
+
+
+def test_who_is_late_is_told_and_touches_nobody(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    late, stays = (
+        engine.submit([spec(1, 900)], "late", deadline_s=0.2),
+        engine.submit([spec(2)], ""),
+    )
+    step_until_done(engine, stays)
+    time.sleep(0.2)
+    engine.step()
+    with pytest.raises(DeadlineError, match="the deadline of 200 ms has passed"):
+        late.future.result(0)
+    assert engine.running == 0 and engine.queued_cost == 0
+
+
+def test_what_is_urgent_goes_first(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_batch=2)
+    low = engine.submit([spec(1, 3)], "low", priority="low")
+    normal = engine.submit([spec(2, 9)], "normal")
+    high = engine.submit([spec(3, 20)], "high", priority="high")
+    step_until_done(engine, high)
+    assert not normal.future.done() and not low.future.done()
+    step_until_done(engine, normal)
+    assert not low.future.done()
+    step_until_done(engine, low)

@@ -29,8 +29,10 @@ from rae.server.settings import EngineSettings
 
 CPU = torch.device("cpu")
 MAX_ROWS = 6
-METHODS: tuple[GuidanceMethod, ...] = ("cfg", "autoguidance")
-INTERVALS = ((0.0, 1.0), (0.3, 0.9), (0.0, 0.0))
+METHODS: st.SearchStrategy[GuidanceMethod] = st.sampled_from(("cfg", "autoguidance"))
+INTERVALS: st.SearchStrategy[tuple[float, float]] = st.sampled_from(
+    ((0.0, 1.0), (0.3, 0.9), (0.0, 0.0))
+)
 
 
 class Clock:
@@ -69,19 +71,22 @@ class Arrival:
         return [ImageSpec(**values | {"seed": first.seed + i}) for i in range(self.n)]
 
 
-specs = st.builds(
-    ImageSpec,
-    class_label=st.integers(0, 4),
-    seed=st.integers(0, 3) | st.integers(2**32, 2**32 + 3),
-    steps=st.integers(2, 9),
-    cfg=st.sampled_from([1.0, 1.5, 4.0]),
-    guidance_method=st.sampled_from(METHODS),
-    guidance_interval=st.sampled_from(INTERVALS),
-)
+@st.composite
+def specs(draw: st.DrawFn) -> ImageSpec:
+    return ImageSpec(
+        class_label=draw(st.integers(0, 4)),
+        seed=draw(st.integers(0, 3) | st.integers(2**32, 2**32 + 3)),
+        steps=draw(st.integers(2, 9)),
+        cfg=draw(st.sampled_from((1.0, 1.5, 4.0))),
+        guidance_method=draw(METHODS),
+        guidance_interval=draw(INTERVALS),
+    )
+
+
 arrivals = st.builds(
     Arrival,
     gap=st.integers(0, 4),
-    first=specs,
+    first=specs(),
     n=st.integers(1, 4),
     client=st.sampled_from(["a", "b"]),
     weight=st.sampled_from([1.0, 3.0]),

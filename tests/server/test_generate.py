@@ -232,3 +232,15 @@ def test_every_example_of_the_docs_works(client: TestClient) -> None:
     for name, example in examples.items():
         response = client.post("/generate", json=example)
         assert response.status_code == 200, (name, response.text)
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(client: TestClient) -> None:
+    asked = {"class_id": 1, "steps": 1000, "n": 8, "deadline_ms": 20}
+    response = client.post("/generate", json=asked)
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (504, "deadline_exceeded")
+    assert re.fullmatch(
+        r"the deadline of 20 ms is too short: about \d+\.\d\d s are needed", error["message"]
+    )
+    asked |= {"steps": 5, "n": 1, "deadline_ms": 60_000, "priority": "high"}
+    assert client.post("/generate", json=asked).status_code == 200
