@@ -17,7 +17,7 @@ from rae.server.request import Generated, ImageSpec, Priority, Request, Sample
 from rae.server.runner import Decoding, Runner, RunnerOptions
 from rae.server.scheduler import Scheduler
 from rae.server.step_times import StepTimes
-from rae.server.warm_up import warm_up
+from rae.server.warm_up import remember, remembered, step_times_file, warm_up
 
 if TYPE_CHECKING:
     from rae.server.metrics import Metrics
@@ -52,6 +52,7 @@ class Engine:
             deterministic=settings.deterministic,
         )
         self._runner = Runner(checkpoint, device, options)
+        self._step_times_file = step_times_file(checkpoint, self._runner)
         self.device = device.type
         self.precision = self._runner.precision
         self.max_queue = settings.max_queue
@@ -112,6 +113,8 @@ class Engine:
             self._thread.join()
         if self._receiver is not None:
             self._receiver.shutdown()
+        if self.ready and self._runner.buckets.sizes is None:
+            remember(self._step_times_file, self._scheduler.step_times)
         self._fail(EngineClosedError(), self._scheduler.requests)
 
     def submit(
@@ -252,7 +255,7 @@ class Engine:
                 raise EngineClosedError
             self.progress = f"the model is warming up: {text}"
 
-        step_times = warm_up(self._runner, say)
+        step_times = warm_up(self._runner, say, remembered(self._step_times_file))
         with self._wake:
             self._scheduler.step_times = step_times
             self._scheduler.max_rows = min(self._max_rows, self._runner.buckets.largest)

@@ -92,5 +92,10 @@ def compile_regions(model: nn.Module, names: Sequence[str]) -> None:
 
 def keep_compiled(folder: Path) -> None:
     """Keep what torch compiles in `folder`, so that the next start finds it. Its own keys hold the
-    code, the versions of torch and Triton, and the GPU. A user's setting is left as it is."""
+    code, the versions of torch and Triton, and the GPU. A user's setting is left as it is, and
+    torch's own temporary folder where `folder` cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

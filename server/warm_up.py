@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from statistics import median
 
 import torch
 
+from rae.models.cache import cache_folder
+from rae.models.checkpoint import Checkpoint
 from rae.server.graphs import Buckets, Replayed
 from rae.server.runner import Runner
 from rae.server.step_times import StepTimes
@@ -25,9 +30,10 @@ POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @torch.inference_mode()
-def warm_up(runner: Runner, say: Say) -> StepTimes:
+def warm_up(runner: Runner, say: Say, before: StepTimes | None = None) -> StepTimes:
     """Make every bucket ready, the largest first, and say how it goes. A bucket that does not fit
     into the memory is given up, and `runner.buckets` is then smaller. `say` may raise to end it.
+    Numbers of rows that would take long to measure are taken from `before`.
 
     Raises torch.OutOfMemoryError where not even the smallest fits.
     """
@@ -37,10 +43,10 @@ def warm_up(runner: Runner, say: Say) -> StepTimes:
     for name, rows in evaluations.items():
         runner.buckets = make_ready(rows, runner.buckets, name, say)
     runner.decoder.buckets = make_ready(runner.decoder.rows, runner.decoder.buckets, "decoder", say)
-    tables = {name: measure(rows, runner.buckets, say) for name, rows in evaluations.items()}
-    return StepTimes(
-        tables["model"], tables.get("guide", {}), pads=runner.buckets.sizes is not None
-    )
+    before = before or StepTimes()
+    model = before.model | measure(runner.model.rows, runner.buckets, say)
+    guide = before.guide | measure(runner.guide.rows, runner.buckets, say) if runner.guide else {}
+    return StepTimes(model, guide, pads=runner.buckets.sizes is not None)
 
 
 def make_ready(rows: Replayed, buckets: Buckets, name: str, say: Say) -> Buckets:
@@ -57,6 +63,33 @@ def make_ready(rows: Replayed, buckets: Buckets, name: str, say: Say) -> Buckets
             torch.cuda.empty_cache()
             log.warning("%s: %d rows do not fit into the memory", name, size)
     return Buckets(ready[0], tuple(reversed(ready))) if buckets.sizes else buckets
+
+
+def step_times_file(checkpoint: Checkpoint, runner: Runner) -> Path:
+    """Where the times of this model on this machine are kept, in this form and precision."""
+    kind = f"{runner.device.type}-{torch.get_num_threads()}-{runner.precision}-{runner.layers}"
+    return cache_folder() / "step-times" / f"{checkpoint.sha256}-{kind}.json"
+
+
+def remembered(path: Path) -> StepTimes:
+    """What `remember` wrote for the same model and device; nothing where it did not."""
+    try:
+        return StepTimes.from_json(path.read_text())
+    except (OSError, ValueError):
+        return StepTimes()
+
+
+def remember(path: Path, step_times: StepTimes) -> None:
+    """For the next start; a home that cannot be written to is no reason to fail."""
+    with suppress(OSError):
+        write(path, step_times.to_json())
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def measure(rows: Replayed, buckets: Buckets, say: Say) -> dict[int, float]:

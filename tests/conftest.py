@@ -23,6 +23,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What servers remember of one run is not found by the next."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def random_model(config: DiTDHConfig, seed: int) -> DiTDH:
     """A DiT^DH whose every part matters: the zero initialisation would hide half of it."""
     torch.manual_seed(seed)

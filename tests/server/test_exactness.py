@@ -4,7 +4,7 @@ of `denoise()` alone, no row is evaluated in vain, and no slot is lost."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,9 +66,7 @@ class Arrival:
     cancelled_after: int | None
 
     def specs(self) -> list[ImageSpec]:
-        first = self.first
-        values = {name: getattr(first, name) for name in first.__dataclass_fields__}
-        return [ImageSpec(**values | {"seed": first.seed + i}) for i in range(self.n)]
+        return [replace(self.first, seed=self.first.seed + i) for i in range(self.n)]
 
 
 @st.composite
