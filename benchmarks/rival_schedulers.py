@@ -44,7 +44,7 @@ class RequestLevel(Scheduler):
         waiting = [sample for samples in self.waiting.values() for sample in samples]
         first = waiting[0]
         rows = max(first.plan.model_rows(step) for step in range(first.spec.num_evaluations))
-        images = self._max_images or max(1, self._max_rows // rows)
+        images = self._max_images or max(1, self.max_rows // rows)
         group = self.group(first)
         alike = (sample for sample in waiting if self.group(sample) == group)
         for sample in islice(alike, images):

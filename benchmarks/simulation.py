@@ -1,13 +1,16 @@
-"""Servers of many GPUs in simulated time: real schedulers, made-up step times."""
+"""Servers of many GPUs in simulated time: real schedulers, steps that only take their time."""
 
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
+
+from rival_schedulers import RequestLevel
 
 from rae.models.config import GuidanceMethod
 from rae.server.request import ImageSpec, Plan, Request, Sample
@@ -16,119 +19,149 @@ from rae.server.step_times import StepTimes
 
 MakeScheduler = Callable[[int, int, StepTimes], Scheduler]
 
-# Of an H200 with DiTDH-XL-256: PREDICTED, not measured.
+# An H200 with DiTDH-XL-256: PREDICTED, not measured.
 PREDICTED_MS = {1: 1.15, 8: 5.5, 32: 19.7, 64: 39.2}
-DECODE_S = 0.28e-3
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+DECODE_S = 0.28e-3
 GUIDE_COST = 0.1
-NUM_SLOTS, MAX_ROWS = 512, 64
+NUM_SLOTS, MAX_ROWS = 1024, 64
 STEPS, CFGS = (10, 50, 250), (1.0, 1.5, 3.0)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A request of the simulation, in seconds."""
+    """A request that is done; times are in seconds."""
 
     steps: int
     arrival: float
     end: float
-    predicted: float
+    predicted_s: float
 
     @property
-    def latency(self) -> float:
+    def latency_s(self) -> float:
         return self.end - self.arrival
-
-
-def predicted_step_times() -> StepTimes:
-    table = {}
-    for (low, low_ms), (high, high_ms) in pairwise(PREDICTED_MS.items()):
-        for rows in (n for n in BUCKETS if low <= n <= high):
-            share = (rows - low) / (high - low)
-            table[rows] = 1e-3 * (low_ms + share * (high_ms - low_ms))
-    return StepTimes(table, {n: GUIDE_COST * s for n, s in table.items()}, pads=True)
-
-
-@cache
-def plan(steps: int, cfg: float, method: GuidanceMethod) -> Plan:
-    guided = (cfg > 1,) * (steps - 1)
-    second = 1.0 if method == "cfg" else GUIDE_COST
-    costs = tuple(accumulate((1 + second * flag for flag in guided), initial=0.0))[::-1]
-    times = tuple(1 - i / steps for i in range(steps))
-    return Plan(times=times, scale=cfg, method=method, guided=guided, costs=costs)
-
-
-def make_request(name: str, steps: int, cfg: float, method: GuidanceMethod, at: float) -> Request:
-    request = Request(name, submitted_at=at)
-    spec = ImageSpec(class_label=0, seed=0, steps=steps, cfg=cfg, guidance_method=method)
-    request.samples.append(Sample(spec, request, plan(steps, cfg, method)))
-    return request
-
-
-def draw_requests(
-    num: int, rate: float | None, seed: int, method: GuidanceMethod = "cfg"
-) -> list[Request]:
-    """Poisson arrivals at `rate` per second, or all at the start."""
-    generator = random.Random(seed)
-    requests, now = [], 0.0
-    for i in range(num):
-        now += generator.expovariate(rate) if rate else 0.0
-        steps, cfg = generator.choice(STEPS), generator.choice(CFGS)
-        requests.append(make_request(str(i), steps, cfg, method, now))
-    return requests
 
 
 class Device:
     """One GPU: its scheduler, and the step that runs."""
 
-    def __init__(self, scheduler: Scheduler, step_times: StepTimes) -> None:
-        self.scheduler = scheduler
+    def __init__(self, make_scheduler: MakeScheduler) -> None:
+        self.step_times = predicted_step_times()
+        self.scheduler = make_scheduler(NUM_SLOTS, MAX_ROWS, self.step_times)
         self.stepping: list[Sample] = []
-        self._step_times = step_times
+
+    @property
+    def load(self) -> tuple[float, bool]:
+        return self.scheduler.cost, bool(self.stepping)
 
     def start_step(self) -> float:
-        """Returns how long it will take."""
+        """Returns how long it takes, in seconds; decoding comes after the step."""
         self.stepping = self.scheduler.select()
         assert self.stepping
-        rows = sum(sample.plan.model_rows(sample.step) for sample in self.stepping)
+        model_rows = sum(sample.plan.model_rows(sample.step) for sample in self.stepping)
         guide_rows = sum(sample.plan.guide_rows(sample.step) for sample in self.stepping)
         ending = sum(sample.step + 1 == sample.spec.num_evaluations for sample in self.stepping)
-        return self._step_times.seconds(rows, guide_rows) + ending * DECODE_S
+        return self.step_times.seconds(model_rows, guide_rows) + ending * DECODE_S
+
+    def end_step(self) -> list[Sample]:
+        stepping, self.stepping = self.stepping, []
+        return self.scheduler.advance(stepping)
+
+
+def predicted_step_times() -> StepTimes:
+    model = {}
+    for (low, low_ms), (high, high_ms) in pairwise(PREDICTED_MS.items()):
+        for rows in (n for n in BUCKETS if low <= n <= high):
+            model[rows] = (low_ms + (high_ms - low_ms) * (rows - low) / (high - low)) / 1000
+    guide = {rows: GUIDE_COST * seconds for rows, seconds in model.items()}
+    return StepTimes(model, guide, pads=True)
+
+
+@cache
+def make_plan(steps: int, cfg: float, method: GuidanceMethod) -> Plan:
+    guided = (cfg > 1,) * (steps - 1)
+    second = GUIDE_COST if method == "autoguidance" else 1.0
+    return Plan(
+        times=tuple(1 - i / steps for i in range(steps)),
+        scale=cfg,
+        method=method,
+        guided=guided,
+        costs=tuple(accumulate((1 + second * flag for flag in guided), initial=0.0))[::-1],
+    )
+
+
+def draw_specs(num: int, seed: int, method: GuidanceMethod = "cfg") -> list[ImageSpec]:
+    """A third each of STEPS, and of CFGS."""
+    draw = random.Random(seed)
+    return [
+        ImageSpec(
+            class_label=draw.randrange(10),
+            seed=i,
+            steps=draw.choice(STEPS),
+            cfg=draw.choice(CFGS),
+            guidance_method=method,
+        )
+        for i in range(num)
+    ]
+
+
+def draw_arrivals(num: int, rate: float, seed: int) -> list[float]:
+    """Poisson arrivals, `rate` per second; an infinite one: all at the start."""
+    draw = random.Random(seed)
+    return list(accumulate(draw.expovariate(rate) if rate < math.inf else 0.0 for _ in range(num)))
+
+
+def make_requests(specs: Sequence[ImageSpec], arrivals: Sequence[float]) -> list[Request]:
+    requests = []
+    for i, (spec, arrival) in enumerate(zip(specs, arrivals, strict=True)):
+        request = Request(str(i), submitted_at=arrival)
+        plan = make_plan(spec.steps, spec.cfg, spec.guidance_method)
+        request.samples.append(Sample(spec, request, plan))
+        requests.append(request)
+    return requests
+
+
+def make_devices(make_scheduler: MakeScheduler, num: int, central: bool = False) -> list[Device]:
+    """With `central` the devices, which must be request-level, take from one queue."""
+    devices = [Device(make_scheduler) for _ in range(num)]
+    if central:
+        first, *others = (device.scheduler for device in devices)
+        assert isinstance(first, RequestLevel)
+        first.share_queue(others)
+    return devices
 
 
 def simulate(
-    requests: Sequence[Request], devices: Sequence[Device], predict: bool = False
+    requests: Sequence[Request], devices: Sequence[Device], *, predict: bool = False
 ) -> list[Ended]:
-    """Each request goes to the device with the least left to do, an idle one first."""
-    steps: list[tuple[float, int]] = []  # end, device
+    """Each request, of one image, goes to the device with the least left to do, an idle one first;
+    `predict` asks it then for how long this will take."""
+    coming = sorted(requests, key=lambda request: request.submitted_at, reverse=True)
+    step_ends: list[tuple[float, int]] = []  # with the device
     predicted: dict[Request, float] = {}
     ended: list[Ended] = []
-    coming = sorted(requests, key=lambda request: request.submitted_at, reverse=True)
-    while coming or steps:
+    while coming or step_ends:
         now = min(
-            steps[0][0] if steps else float("inf"),
-            coming[-1].submitted_at if coming else float("inf"),
+            step_ends[0][0] if step_ends else math.inf,
+            coming[-1].submitted_at if coming else math.inf,
         )
         touched: set[int] = set()
-        while steps and steps[0][0] <= now:
-            index = heapq.heappop(steps)[1]
-            device = devices[index]
-            for sample in device.scheduler.advance(device.stepping):
-                r = sample.request
-                ended.append(Ended(sample.spec.steps, r.submitted_at, now, predicted.get(r, 0.0)))
-            device.stepping = []
+        while step_ends and step_ends[0][0] <= now:
+            _, index = heapq.heappop(step_ends)
             touched.add(index)
+            for sample in devices[index].end_step():
+                request = sample.request
+                guess = predicted.get(request, math.nan)
+                ended.append(Ended(sample.spec.steps, request.submitted_at, now, guess))
         while coming and coming[-1].submitted_at <= now:
             request = coming.pop()
-            index = min(
-                range(len(devices)),
-                key=lambda i: (devices[i].scheduler.cost, bool(devices[i].stepping)),
-            )
+            index = min(range(len(devices)), key=lambda i: devices[i].load)
+            touched.add(index)
             if predict:
                 predicted[request] = devices[index].scheduler.predict_s(request.samples)
             devices[index].scheduler.add(request)
-            touched.add(index)
         for index in sorted(touched):
             device = devices[index]
             if not device.stepping and device.scheduler.has_work:
-                heapq.heappush(steps, (now + device.start_step(), index))
+                heapq.heappush(step_ends, (now + device.start_step(), index))
     return ended
