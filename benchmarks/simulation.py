@@ -125,9 +125,9 @@ def make_devices(make_scheduler: MakeScheduler, num: int, central: bool = False)
     """With `central` the devices, which must be request-level, take from one queue."""
     devices = [Device(make_scheduler) for _ in range(num)]
     if central:
-        first, *others = (device.scheduler for device in devices)
-        assert isinstance(first, RequestLevel)
-        first.share_queue(others)
+        queues = [d.scheduler for d in devices if isinstance(d.scheduler, RequestLevel)]
+        assert len(queues) == num
+        queues[0].share_queue(queues[1:])
     return devices
 
 

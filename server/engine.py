@@ -50,6 +50,7 @@ class Engine:
             attention=settings.attention,
             compile=settings.compile,
             deterministic=settings.deterministic,
+            conditioning_bytes=settings.conditioning_mb * 2**20,
         )
         self._runner = Runner(checkpoint, device, options)
         self._step_times_file = step_times_file(checkpoint, self._runner)

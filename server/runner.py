@@ -53,7 +53,7 @@ class RunnerOptions:
     attention: Attention = "auto"
     compile: Compile = "auto"
     graphs: bool = True
-    conditioning_bytes: int = 0
+    conditioning_bytes: int = 2**30
     deterministic: bool = False
 
 

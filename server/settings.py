@@ -119,6 +119,15 @@ class EngineSettings(ModelSettings):
             rich_help_panel=ENGINE,
         ),
     ] = False
+    conditioning_mb: Annotated[
+        int,
+        typer.Option(
+            help="Memory for what labels and times come again, of each model; 0 keeps nothing.",
+            envvar="RAE_CONDITIONING_MB",
+            min=0,
+            rich_help_panel=ENGINE,
+        ),
+    ] = 1024
     max_queue: Annotated[
         float,
         typer.Option(

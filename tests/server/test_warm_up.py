@@ -75,7 +75,10 @@ def test_a_runner_with_buckets_gives_the_same_images(tiny_checkpoint: Path) -> N
     assert torch.equal(*latents)
 
 
-def test_times_are_remembered(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_are_remembered(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("rae.server.warm_up.MEASURED_S", 0.0)
     for largest in (1, 2):
         settings = EngineSettings(device="cpu", max_batch=8)
