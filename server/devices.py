@@ -42,16 +42,21 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> tuple[str, torch.dtype]:
-    """The precision's name and its matmuls' dtype; "auto" is bf16 on CUDA, else fp32. Raises
-    ValueError for another name, and for tf32 elsewhere than on CUDA."""
+    """The precision's name and its matmuls' dtype; "auto" is bf16 where the device multiplies it
+    faster than fp32. Raises ValueError for another name, and for tf32 elsewhere than on CUDA."""
     dtypes = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
     if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
+        name = "bf16" if device.type == "cuda" or has_fast_bf16(device) else "fp32"
     if name not in dtypes:
         raise ValueError(f"precision {name!r} is not one of auto, {', '.join(dtypes)}")
     if name == "tf32" and device.type != "cuda":
         raise ValueError(f"precision 'tf32' takes a CUDA GPU, not {device.type!r}: fp32 or bf16")
     return name, dtypes[name]
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether this is a CPU with avx512_bf16: XL takes 443 ms a forward there, 792 in fp32."""
+    return device.type == "cpu" and can_pack() and torch.cpu._is_avx512_bf16_supported()
 
 
 def set_matmul_precision(name: str) -> None:

@@ -68,7 +68,7 @@ class ModelSettings(FolderSettings):
     precision: Annotated[
         Precision,
         typer.Option(
-            help="Of matrix products; auto is bf16 on cuda and fp32 elsewhere, tf32 is cuda's.",
+            help="Of matrix products; auto is bf16 where that is fast, else fp32; tf32 is cuda's.",
             envvar="RAE_PRECISION",
             rich_help_panel=MODEL,
         ),

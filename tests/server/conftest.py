@@ -47,7 +47,9 @@ def make_client(tiny_checkpoint: Path) -> MakeClient:
 
     @contextmanager
     def make(folder: Path = tiny_checkpoint, **settings: object) -> Iterator[TestClient]:
-        chosen = ServeSettings(**({"device": "cpu", "max_batch": 8} | settings))  # type: ignore[arg-type]
+        chosen = ServeSettings(
+            **({"device": "cpu", "precision": "fp32", "max_batch": 8} | settings)
+        )  # type: ignore[arg-type]
         checkpoint, metrics = load_checkpoint(folder), Metrics()
         engine = Engine(checkpoint, chosen, metrics)
         metrics.watch(engine, checkpoint.config.name)
@@ -83,7 +85,8 @@ def serve(
     def start(*flags: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         log = tmp_path_factory.mktemp("serve") / "log"
         command = [sys.executable, "-P", "-m", "rae.server", "serve", "--port", "0"]
-        command += ["--model", str(tiny_checkpoint), "--device", "cpu", "--max-batch", "8", *flags]
+        command += ["--model", str(tiny_checkpoint), "--device", "cpu", "--max-batch", "8"]
+        command += ["--precision", "fp32", *flags]
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=child_environment)
         try:

@@ -26,7 +26,11 @@ def make_engine(tiny_checkpoint: Path) -> Iterator[Callable[..., Engine]]:
 
     def make(max_batch: int = 8, max_queue: float = 50_000) -> Engine:
         settings = EngineSettings(
-            model=tiny_checkpoint, device="cpu", max_batch=max_batch, max_queue=max_queue
+            model=tiny_checkpoint,
+            device="cpu",
+            precision="fp32",
+            max_batch=max_batch,
+            max_queue=max_queue,
         )
         engine = Engine(load_checkpoint(tiny_checkpoint), settings, Metrics())
         engines.append(engine)

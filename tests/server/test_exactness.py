@@ -144,7 +144,9 @@ def solo(reference: Checkpoint) -> Any:  # noqa: ANN401 - a cached function
 @pytest.fixture(scope="module")
 def engine(tiny_checkpoint: Path) -> Iterator[Engine]:
     """Never started: the test steps it. Few rows a step, so that images take turns."""
-    chosen = EngineSettings(model=tiny_checkpoint, device="cpu", max_batch=MAX_ROWS)
+    chosen = EngineSettings(
+        model=tiny_checkpoint, device="cpu", precision="fp32", max_batch=MAX_ROWS
+    )
     engine = Engine(load_checkpoint(tiny_checkpoint), chosen, Metrics())
     yield engine
     engine.close()

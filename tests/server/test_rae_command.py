@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 from rae.server.cli import app
 from rae.server.settings import server_version
 
-WIDE = {"COLUMNS": "200", "NO_COLOR": "1"}
+WIDE = {"COLUMNS": "200", "NO_COLOR": "1", "RAE_PRECISION": "fp32"}
 
 
 def rae(*arguments: str | Path) -> Result:

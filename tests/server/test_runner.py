@@ -182,4 +182,18 @@ def test_what_is_missing_is_refused_by_name() -> None:
         resolve_device("tpu")
     with pytest.raises(ValueError, match="'fp8' is not one of auto, fp32, tf32, bf16"):
         resolve_precision("fp8", CPU)
-    assert resolve_precision("auto", CPU) == ("fp32", torch.float32)
+    assert resolve_precision("tf32", torch.device("cuda")) == ("tf32", torch.float32)
+    with pytest.raises(ValueError, match="'tf32' takes a CUDA GPU, not 'cpu'"):
+        resolve_precision("tf32", CPU)
+
+
+def test_bf16_is_the_precision_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, name in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("rae.server.devices.can_pack", lambda fast=fast: fast)
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+        assert resolve_precision("auto", CPU)[0] == name
+    monkeypatch.setattr("rae.server.devices.can_pack", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    assert resolve_precision("auto", CPU)[0] == "fp32"
+    assert resolve_precision("auto", torch.device("mps"))[0] == "fp32"
+    assert resolve_precision("auto", torch.device("cuda"))[0] == "bf16"

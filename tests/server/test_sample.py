@@ -36,7 +36,7 @@ from rae.server.runner import Runner, RunnerOptions
 from rae.server.sample import make, progress
 from rae.server.settings import embedded_model
 
-WIDE = {"COLUMNS": "200", "NO_COLOR": "1"}
+WIDE = {"COLUMNS": "200", "NO_COLOR": "1", "RAE_PRECISION": "fp32"}
 JOB = ("--num", "24", "--steps", "30", "--seed", "7", "--batch", "1")
 
 
@@ -139,7 +139,9 @@ def test_images_are_those_of_denoise(
     assert done.exit_code == 0, done.output
     checkpoint = load_checkpoint(tiny_checkpoint)
     config = checkpoint.config
-    Runner(checkpoint, torch.device("cpu"), RunnerOptions())  # brings it to its form
+    Runner(
+        checkpoint, torch.device("cpu"), RunnerOptions(precision="fp32")
+    )  # brings it to its form
     with torch.inference_mode():
         latents = denoise(
             checkpoint.dit_dh,
@@ -492,7 +494,9 @@ def test_a_batch_that_is_filled_up_gives_the_same_images(tiny_checkpoint: Path) 
     settings = SampleSettings(out=Path("a.npz"), num=8, steps=3)
     about = {"checkpoint_sha256": checkpoint.sha256, "device": "cpu", "precision": "fp32"}
     job = Job.of(settings, checkpoint.config, **about)
-    runner = Runner(checkpoint, torch.device("cpu"), RunnerOptions(max_rows=16, slots=8))
+    runner = Runner(
+        checkpoint, torch.device("cpu"), RunnerOptions(max_rows=16, slots=8, precision="fp32")
+    )
     alone, filled = (make(runner, [2, 5, 7], job, num_rows) for num_rows in (3, 8))
     np.testing.assert_array_equal(np.stack(filled), np.stack(alone))
 
