@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 # A kind of block is compiled once for each bucket: beyond this number torch would give up.
-COMPILATIONS = 64
+COMPILATIONS = 512
 WARM_UP_CALLS = 3
 
 
@@ -83,11 +83,13 @@ class Replayed:
 def compile_regions(model: nn.Module, names: Sequence[str]) -> None:
     """Compile the modules inside the lists called `names` of a model, each kind of them once."""
     torch._dynamo.config.recompile_limit = COMPILATIONS
+    torch._dynamo.config.accumulated_recompile_limit = COMPILATIONS
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in names:
             assert isinstance(module, nn.ModuleList)
             for region in module:
-                region.compile(fullgraph=True, dynamic=False)
+                # Not `region.compile()`: all kinds would be one code object's compilations.
+                region.forward = torch.compile(region.forward, fullgraph=True, dynamic=False)
 
 
 def keep_compiled(folder: Path) -> None:

@@ -200,8 +200,8 @@ class Runner:
         """
         over = self._wait_for_a_turn()
         started = time.perf_counter()
-        begin = self._event()
         num_model, num_guide = self._describe(rows)
+        begin = self._event()
         velocity, guide_velocity = self._velocities(num_model, num_guide)
         read = self._rows.read
         updated = len(velocity) if self.buckets.sizes else len(rows)
