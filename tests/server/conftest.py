@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,10 +47,9 @@ def make_client(tiny_checkpoint: Path) -> MakeClient:
     """A client of an app whose engine runs the tiny checkpoint."""
 
     @contextmanager
-    def make(folder: Path = tiny_checkpoint, **settings: object) -> Iterator[TestClient]:
-        chosen = ServeSettings(
-            **({"device": "cpu", "precision": "fp32", "max_batch": 8} | settings)
-        )  # type: ignore[arg-type]
+    def make(folder: Path = tiny_checkpoint, **settings: Any) -> Iterator[TestClient]:
+        values: dict[str, Any] = {"device": "cpu", "precision": "fp32", "max_batch": 8}
+        chosen = ServeSettings(**values | settings)
         checkpoint, metrics = load_checkpoint(folder), Metrics()
         engine = Engine(checkpoint, chosen, metrics)
         metrics.watch(engine, checkpoint.config.name)
