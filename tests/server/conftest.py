@@ -47,9 +47,10 @@ def make_client(tiny_checkpoint: Path) -> MakeClient:
     """A client of an app whose engine runs the tiny checkpoint."""
 
     @contextmanager
-    def make(folder: Path = tiny_checkpoint, **settings: Any) -> Iterator[TestClient]:
+    def make(folder: Path = tiny_checkpoint, **settings: object) -> Iterator[TestClient]:
         values: dict[str, Any] = {"device": "cpu", "precision": "fp32", "max_batch": 8}
-        chosen = ServeSettings(**values | settings)
+        values.update(settings)
+        chosen = ServeSettings(**values)
         checkpoint, metrics = load_checkpoint(folder), Metrics()
         engine = Engine(checkpoint, chosen, metrics)
         metrics.watch(engine, checkpoint.config.name)
