@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from subjects import draw_weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -83,23 +84,15 @@ def example(config: DiTDHConfig, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     return latents, torch.rand(batch), torch.randint(config.num_classes, (batch,))
 
 
-def authors_model(upstream: Path, config: DiTDHConfig) -> nn.Module:
-    """Their model in eval mode. Its weights keep requires_grad, as in their sampler: autocast
-    remembers only casts of such weights."""
+def authors_model(upstream: Path, config: DiTDHConfig, weights: dict[str, Tensor]) -> nn.Module:
+    """Their model in eval mode on given weights, not copied. These get requires_grad, as in their
+    sampler: autocast remembers only casts of such weights. Raises ImportError."""
     sys.path.insert(0, str(upstream / "src"))
-    try:
-        from stage2.models.DDT import DiTwDDTHead  # type: ignore[import-not-found]
-    except ImportError as error:
-        sys.exit(f"forward: {upstream} is no clone of bytetriper/RAE that can run: {error}")
-    model = DiTwDDTHead(**config.to_published())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif parameter.dim() > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            else:
-                parameter.normal_(std=0.1)
+    from stage2.models.DDT import DiTwDDTHead  # type: ignore[import-not-found]
+
+    with torch.device("meta"):
+        model = DiTwDDTHead(**config.to_published())
+    model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
@@ -115,11 +108,13 @@ def our_model(
     return model
 
 
-def matmuls(shapes: list[Shape], device: torch.device) -> Forward:
-    """All linears of `shapes` in bf16, one after another, on distinct weights."""
+def matmuls(
+    shapes: list[Shape], device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> Forward:
+    """All linears of `shapes`, one after another, on distinct weights."""
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.bfloat16, device=device)
+        return torch.randn(shape, dtype=dtype, device=device)
 
     inputs = {shape: draw(*shape[:2]) for shape in shapes}
     calls = [(inputs[shape], draw(shape[2], shape[1]), draw(shape[2])) for shape in shapes]
@@ -138,9 +133,12 @@ def variants(
     upstream: Path, config: DiTDHConfig, batch: int, device: torch.device
 ) -> dict[str, Forward]:
     torch.manual_seed(0)
-    theirs = authors_model(upstream, config).to(device)
+    with device:
+        model = DiTDH(config)
+    draw_weights(model)
+    weights = model.state_dict()
+    theirs = authors_model(upstream, config, weights)
     inputs = tuple(x.to(device) for x in example(config, batch))
-    weights = theirs.state_dict()
 
     def autocast(enabled: bool) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
@@ -240,7 +238,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
     config = CONFIGS[args.model]
-    runs = variants(args.upstream, config, args.batch, args.device)
+    try:
+        runs = variants(args.upstream, config, args.batch, args.device)
+    except ImportError as error:
+        sys.exit(f"forward: {args.upstream} is no clone of bytetriper/RAE that can run: {error}")
     figures: dict[str, Any] = {"model": args.model, "batch": args.batch, "turns": args.turns}
     figures |= machine(args.device)
     figures |= report(*time_in_turns(runs, args.turns, args.device), config, args.batch)
