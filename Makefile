@@ -6,7 +6,7 @@ ROOMS := $(wildcard server kernels models training)
 # As the `rae` command sets it; server/cli.py says why.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: install serve test test-slow kernels-compile gpu check wheel clean typecheck-links
+.PHONY: install serve test test-slow kernels-compile bench gpu check wheel clean typecheck-links
 
 install: .venv/.installed
 
@@ -42,10 +42,14 @@ kernels-compile: .venv/.installed .venv-triton3.6/.installed
 	    --target .venv-triton3.6 triton==3.6.0
 	@touch $@
 
-# On a machine with a GPU; OUT and UPSTREAM as benchmarks/gpu.sh says.
+# The embedded digits here, or what ARGS say: benchmarks/throughput.py --help.
+bench: .venv/.installed
+	$(BIN)/python benchmarks/throughput.py --out out/throughput $(ARGS)
+
+# On a machine with a GPU; OUT, PARTS and UPSTREAM as benchmarks/gpu.sh says.
 OUT ?= benchmarks/results/gpu
 gpu: .venv/.installed
-	benchmarks/gpu.sh $(OUT)
+	benchmarks/gpu.sh $(OUT) $(PARTS)
 
 check: .venv/.installed typecheck-links
 	$(BIN)/ruff check .

@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# All that is checked and measured on a GPU, in an order that keeps the most if time runs out:
-# kernels against fp64, recorded numbers, timings, the tuning table, a model's forward.
-#     benchmarks/gpu.sh OUT      (UPSTREAM=DIR: a clone of bytetriper/RAE, to compare with)
+# All that is checked and measured on a GPU, in an order that keeps the most if time runs out.
+#     benchmarks/gpu.sh OUT [PART ...]
+# Parts: kernels (against fp64), parity (recorded numbers), tune, step, ops, forward, throughput; of
+# the last one also by themselves: none, autoguidance, cfg (XL-256 by guidance), start, ablation,
+# xl512, compiled. Without a part all of them.
+#     UPSTREAM=DIR     a clone of bytetriper/RAE, to compare with
+#     CHECKPOINTS=DIR  where random weights stay between runs, 6 GB a model
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?where the results go}
+shift
 python=${PYTHON:-.venv/bin/python}
+upstream=(${UPSTREAM:+--upstream "$UPSTREAM"})
+checkpoints=${CHECKPOINTS:-${TMPDIR:-/tmp}/rae-benchmarks}
 mkdir -p "$out" .typecheck/rae
 for room in server kernels models training; do ln -sfn "../../$room" ".typecheck/rae/$room"; done
 export PYTHONPATH="$PWD/.typecheck${PYTHONPATH:+:$PYTHONPATH}"
@@ -17,14 +24,37 @@ run() {
     timeout "${LIMIT:-240}" "$@" >"$out/$name.log" 2>&1 || { failed=1; echo "   failed: $?"; }
     tail -n 3 "$out/$name.log"
 }
+# Seconds, a name, and flags. What is written so far stays when the time is up.
+throughput() {
+    local budget=$1 name=$2
+    shift 2
+    LIMIT=$((budget + 70)) run "$name" "$python" benchmarks/throughput.py --device cuda \
+        --budget-s "$budget" --checkpoints "$checkpoints" --out "$out/$name" "${upstream[@]}" "$@"
+}
+part() {
+    case $1 in
+    kernels) run kernels "$python" -m pytest -p no:cacheprovider tests/kernels -x -q ;;
+    parity) run parity "$python" benchmarks/parity.py tests/golden --device cuda --kernels triton ;;
+    tune) run tune "$python" -m rae.server tune --out "$out/tuning.json" ;;
+    step) run step "$python" benchmarks/step.py ;;
+    ops) run ops "$python" benchmarks/ops.py --device cuda --out "$out/ops" ;;
+    forward)
+        [[ -z ${UPSTREAM:-} ]] || run forward "$python" benchmarks/forward.py "${upstream[@]}" \
+            --device cuda --batch 32 --json "$out/forward.json"
+        ;;
+    throughput) for each in none autoguidance start ablation cfg xl512 compiled; do part $each; done ;;
+    none | cfg) throughput 200 "$1" --guidance "$1" --part sweep ;;
+    autoguidance) throughput 300 "$1" --part sweep ;;
+    start) throughput 300 start --part start ;;
+    ablation) throughput 400 ablation --part ablation --batch 32 ;;
+    xl512) throughput 300 xl512 --model DiTDH-XL-512 --part sweep --batch 8 --batch 1 --batch 32 ;;
+    compiled) throughput 500 compiled --guidance none --part compiled --batch 32 --batch 1 ;;
+    *) echo "gpu.sh: no part $1" >&2 && exit 2 ;;
+    esac
+}
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
-run kernels "$python" -m pytest -p no:cacheprovider tests/kernels -x -q
-run parity "$python" benchmarks/parity.py tests/golden --device cuda --kernels triton
-run tune "$python" -m rae.server tune --out "$out/tuning.json"
-run step "$python" benchmarks/step.py
-run ops "$python" benchmarks/ops.py --device cuda --out "$out/ops"
-if [[ -n ${UPSTREAM:-} ]]; then
-    run forward "$python" benchmarks/forward.py --upstream "$UPSTREAM" --device cuda --batch 32 \
-        --json "$out/forward.json"
-fi
+for each in "${@:-kernels parity tune step ops forward throughput}"; do
+    # shellcheck disable=SC2086 # the default is a list
+    for name in $each; do part "$name"; done
+done
 exit $failed
