@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # All that is checked and measured on a GPU, in an order that keeps the most if time runs out.
 #     benchmarks/gpu.sh OUT [PART ...]
-# Parts: kernels (against fp64), parity (recorded numbers), tune, step, ops, forward, throughput; of
-# the last one also by themselves: none, autoguidance, cfg (XL-256 by guidance), start, ablation,
-# xl512, compiled. Without a part all of them.
+# Parts: kernels (against fp64), engine (graphs against eager calls), parity (recorded numbers), tune,
+# step, ops, forward, throughput; of the last one also by themselves: none, autoguidance, cfg (XL-256
+# by guidance), start, ablation, xl512, deterministic, compiled. Without a part all of them.
 #     UPSTREAM=DIR     a clone of bytetriper/RAE, to compare with
 #     CHECKPOINTS=DIR  where random weights stay between runs, 6 GB a model
 set -uo pipefail
@@ -34,6 +34,7 @@ throughput() {
 part() {
     case $1 in
     kernels) run kernels "$python" -m pytest -p no:cacheprovider tests/kernels -x -q ;;
+    engine) run engine "$python" -m pytest -p no:cacheprovider tests/server/test_cuda_graphs.py -q ;;
     parity) run parity "$python" benchmarks/parity.py tests/golden --device cuda --kernels triton ;;
     tune) run tune "$python" -m rae.server tune --out "$out/tuning.json" ;;
     step) run step "$python" benchmarks/step.py ;;
@@ -42,18 +43,19 @@ part() {
         [[ -z ${UPSTREAM:-} ]] || run forward "$python" benchmarks/forward.py "${upstream[@]}" \
             --device cuda --batch 32 --json "$out/forward.json"
         ;;
-    throughput) for each in none autoguidance start ablation cfg xl512 compiled; do part $each; done ;;
+    throughput) for each in none autoguidance start ablation cfg xl512 deterministic compiled; do part $each; done ;;
     none | cfg) throughput 200 "$1" --guidance "$1" --part sweep ;;
     autoguidance) throughput 300 "$1" --part sweep ;;
     start) throughput 300 start --part start ;;
     ablation) throughput 400 ablation --part ablation --batch 32 ;;
     xl512) throughput 300 xl512 --model DiTDH-XL-512 --part sweep --batch 8 --batch 1 --batch 32 ;;
+    deterministic) throughput 300 deterministic --guidance none --part deterministic ;;
     compiled) throughput 500 compiled --guidance none --part compiled --batch 32 --batch 1 ;;
     *) echo "gpu.sh: no part $1" >&2 && exit 2 ;;
     esac
 }
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
-for each in "${@:-kernels parity tune step ops forward throughput}"; do
+for each in "${@:-kernels engine parity tune step ops forward throughput}"; do
     # shellcheck disable=SC2086 # the default is a list
     for name in $each; do part "$name"; done
 done

@@ -7,6 +7,7 @@ DIR is a clone of github bytetriper/RAE; what its `stage2` imports must be insta
 
 - sweep: at every --batch ours, and with --upstream the authors' models in their sampler, in turns.
 - start: `rae serve` until it is ready, with empty compilation caches, and again with these.
+- deterministic: with every step filled to the largest --batch, as `--deterministic` does.
 - ablation: the optimisations of the device, switched on one after another, at the first --batch.
 - compiled: as sweep, against the authors' models by torch.compile (max-autotune); on a CPU, which
   takes minutes, only with --compile-upstream.
@@ -187,6 +188,16 @@ def compiled(bench: Bench) -> None:
         bench.compare("compiled", makers, bench.args.batch)
 
 
+def deterministic(bench: Bench) -> None:
+    """What it costs to fill every step to the largest batch."""
+    largest = max(bench.args.batch)
+    makers: Makers = {
+        "ours": (0, bench.ours(largest)),
+        "ours, deterministic": (0, bench.ours(largest, deterministic=True)),
+    }
+    bench.compare("deterministic", makers, bench.args.batch)
+
+
 def ablation(bench: Bench) -> None:
     """On CUDA one stage is there at a time: their compilations would meet each other's limits."""
     if bench.device.type == "cuda":
@@ -254,7 +265,13 @@ def start(bench: Bench) -> None:
     bench.figures.save()
 
 
-PARTS = {"sweep": sweep, "start": start, "ablation": ablation, "compiled": compiled}
+PARTS = {
+    "sweep": sweep,
+    "start": start,
+    "ablation": ablation,
+    "deterministic": deterministic,
+    "compiled": compiled,
+}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -43,8 +43,9 @@ class ConditioningCache:
     ) -> None:
         width, depth = model.config.hidden_size, model.config.depth
         self.capacity = capacity
-        self.time = torch.zeros(capacity, width, device=device, dtype=dtype)
-        self.modulations = torch.zeros(capacity, depth, 6 * width, device=device, dtype=dtype)
+        # Not zeros: memory that no row has used yet is none of the process's on a CPU.
+        self.time = torch.empty(capacity, width, device=device, dtype=dtype)
+        self.modulations = torch.empty(capacity, depth, 6 * width, device=device, dtype=dtype)
         self.hits = self.misses = 0
         self._model = model
         self._rows: OrderedDict[Key, int] = OrderedDict()  # the least recently used first

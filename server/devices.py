@@ -15,8 +15,11 @@ from rae.models.layers import store_matmul_weights
 
 Layers = Literal["fused", "packed", "plain"]
 
-# What images that are paused may take of the memory that is free once the models are there.
-SLOTS_SHARE = 0.05
+# Of the memory that is free once the models are there: what images that are paused may take, and
+# the conditionings of one model.
+SLOTS_SHARE = 1 / 32
+CONDITIONING_SHARE = 1 / 64
+CONDITIONING_BYTES = 2**31
 
 
 def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -95,6 +98,11 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def conditioning_bytes(device: torch.device) -> int:
+    """For conditionings that come again: with XL in bf16 at most those of 112 labels."""
+    return min(CONDITIONING_BYTES, int(CONDITIONING_SHARE * free_bytes(device)))
 
 
 def num_slots(device: torch.device, slot_bytes: int, max_rows: int) -> int:

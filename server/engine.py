@@ -43,6 +43,7 @@ class Engine:
         make_scheduler: MakeScheduler = Scheduler,
     ) -> None:
         device = resolve_device(settings.device)
+        megabytes = settings.conditioning_mb
         options = RunnerOptions(
             max_rows=settings.max_batch,
             precision=settings.precision,
@@ -50,7 +51,7 @@ class Engine:
             attention=settings.attention,
             compile=settings.compile,
             deterministic=settings.deterministic,
-            conditioning_bytes=settings.conditioning_mb * 2**20,
+            conditioning_bytes=None if megabytes is None else megabytes * 2**20,
         )
         self._runner = Runner(checkpoint, device, options)
         self._step_times_file = step_times_file(checkpoint, self._runner)

@@ -24,7 +24,13 @@ from rae.models.sampling import Guidance, denoise, draw_noise, timesteps
 from rae.server.conditioning import ConditioningCache, bytes_per_row
 from rae.server.decoding import Decoding, ImageDecoder
 from rae.server.descriptors import RUN_AHEAD, Descriptors, to_device
-from rae.server.devices import num_slots, prepare, resolve_precision, set_matmul_precision
+from rae.server.devices import (
+    conditioning_bytes,
+    num_slots,
+    prepare,
+    resolve_precision,
+    set_matmul_precision,
+)
 from rae.server.evaluation import Evaluation
 from rae.server.graphs import Buckets, compile_regions, keep_compiled
 from rae.server.request import ImageSpec, Plan
@@ -41,9 +47,9 @@ class RunnerOptions:
     """How the models run. `max_rows` bounds the model's rows in a step; `slots` are as many as
     memory allows where they are None.
 
-    `conditioning_bytes` bound what is kept, of each model, for labels and times that come again; 0
-    keeps nothing. With `deterministic` every step and decoding has the same number of rows, so that
-    no image's bits can depend on how many others there are.
+    `conditioning_bytes` bound what is kept, of each model, for labels and times that come again: 0
+    keeps nothing, None what memory allows. With `deterministic` every step and decoding has the
+    same number of rows, so that no image's bits can depend on how many others there are.
     """
 
     max_rows: int = 64
@@ -53,7 +59,7 @@ class RunnerOptions:
     attention: Attention = "auto"
     compile: Compile = "auto"
     graphs: bool = True
-    conditioning_bytes: int = 2**30
+    conditioning_bytes: int | None = None
     deterministic: bool = False
 
 
@@ -117,6 +123,7 @@ class Runner:
 
     def _evaluation(self, model: DiTDH, prefix: str = "") -> Evaluation:
         bound = self.options.conditioning_bytes
+        bound = conditioning_bytes(self.device) if bound is None else bound
         capacity = bound // bytes_per_row(model.config, self._dtype)
         fits = capacity >= self.buckets.largest
         return Evaluation(

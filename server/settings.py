@@ -120,14 +120,15 @@ class EngineSettings(ModelSettings):
         ),
     ] = False
     conditioning_mb: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Memory for what labels and times come again, of each model; 0 keeps nothing.",
+            help="Memory for labels and times that come again, of each model; 0 keeps nothing.",
             envvar="RAE_CONDITIONING_MB",
             min=0,
+            show_default="a 64th of what is free, at most 2048",
             rich_help_panel=ENGINE,
         ),
-    ] = 1024
+    ] = None
     max_queue: Annotated[
         float,
         typer.Option(
