@@ -63,16 +63,18 @@ class ConditioningCache:
                 self._rows.move_to_end(key)
         if missing:
             values = self._evaluate(missing)
-            for key in missing:
-                row = self._empty.pop() if self._empty else self._rows.popitem(last=False)[1]
-                self._rows[key] = row
-            device = self.time.device
-            index = to_device([self._rows[key] for key in missing], torch.int64, device)
+            places = [self._take() for _ in missing]
+            index = to_device(places, torch.int64, self.time.device)
             self.time.index_copy_(0, index, values.time)
             self.modulations.index_copy_(0, index, values.modulations)
+            self._rows.update(zip(missing, places, strict=True))
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         return [self._rows[key] for key in keys]
+
+    def _take(self) -> int:
+        """An empty row, or the least recently used."""
+        return self._empty.pop() if self._empty else self._rows.popitem(last=False)[1]
 
     def gather(self, rows: Tensor) -> Conditioning:
         """The conditioning of rows (B,) int64, which are on the device; a copy."""

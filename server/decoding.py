@@ -45,7 +45,8 @@ class Decoding:
             broken = [slot for slot, fine in zip(self._slots, finite, strict=True) if not fine]
             if broken:
                 raise NonFiniteError(broken)
-        return [image for images, _ in self._parts for image in images.numpy()]
+        # Copies: pinned memory is scarce, and comes back when these parts are let go.
+        return [image.copy() for images, _ in self._parts for image in images.numpy()]
 
 
 class ImageDecoder:
@@ -73,7 +74,7 @@ class ImageDecoder:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _evaluate(self, rows: int) -> Tensor:
-        """Images (rows, 3, H, W) in [0, 1], fp32."""
+        """Images (rows, 3, H, W), unclamped, fp32."""
         latents = self._latents[:rows].transpose(1, 2).unflatten(-1, (self._grid, self._grid))
         with self._autocast():
             return self._rae.decode(latents)

@@ -29,7 +29,7 @@ class Descriptors:
     """Arrays (capacity,) by name: `write` gives numpy's on the host, `read` torch's on the device.
 
     On CUDA the host has `RUN_AHEAD` pinned copies, so that it writes one while the device reads
-    another; elsewhere both sides are one memory.
+    another; on a CPU both sides are one memory.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -57,7 +57,7 @@ class Descriptors:
         """Copy what was written, in the order of the stream; the next `write` is another."""
         host = self._hosts[self._turn]
         if host is not self._device:
-            self._device.copy_(host, non_blocking=True)
+            self._device.copy_(host, non_blocking=host.is_pinned())
         self._turn = (self._turn + 1) % len(self._hosts)
 
 

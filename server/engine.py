@@ -6,24 +6,30 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from rae.models.checkpoint import Checkpoint
 from rae.server.devices import resolve_device
 from rae.server.errors import DeadlineError, EngineClosedError, QueueFullError
 from rae.server.request import Generated, ImageSpec, Priority, Request, Sample
-from rae.server.runner import Decoding, Runner, RunnerOptions
+from rae.server.runner import Decoding, Runner, RunnerOptions, StepTiming
 from rae.server.scheduler import Scheduler
 from rae.server.step_times import StepTimes
 from rae.server.warm_up import remember, remembered, step_times_file, warm_up
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from rae.server.metrics import Metrics
     from rae.server.settings import EngineSettings
 
 log = logging.getLogger(__name__)
+
+# Batches of pixels under way: without a bound decoding might fall behind, and nobody would wait.
+DECODED_AHEAD = 4
 
 MakeScheduler = Callable[[int, int, StepTimes], Scheduler]
 
@@ -69,6 +75,7 @@ class Engine:
         self._stepping: list[Sample] = []
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         # Pixels arrive while the next steps run; on a CPU they are there when `decode` returns.
+        self._receiving: deque[Future[None]] = deque()
         self._receiver = ThreadPoolExecutor(1, "decoded") if device.type == "cuda" else None
 
     @property
@@ -168,24 +175,33 @@ class Engine:
 
     def step(self) -> None:
         """One evaluation for the images whose turn it is."""
+        self._stepping = []
+        self._observe(self._runner.wait())
+        self._drop()
         with self._wake:
-            expired = self._scheduler.drop(time.perf_counter())
             self._stepping = samples = self._scheduler.select()
-        for request in expired:
-            self._end(request, DeadlineError(request.deadline - request.submitted_at))
         if not samples:
             return
         self._place(sample for sample in samples if not sample.step)
         cost = sum(sample.remaining_cost for sample in samples)
-        timing = self._runner.step([(sample.slot, sample.step) for sample in samples])
+        self._runner.step([(sample.slot, sample.step) for sample in samples])
         with self._wake:
             denoised = self._scheduler.advance(samples)
-            if timing is not None:
-                self._scheduler.step_times.observe(*timing)
         self._metrics.rows_evaluated.inc(cost - sum(sample.remaining_cost for sample in samples))
+        self._decode([sample for sample in denoised if not sample.request.future.cancelled()])
+
+    def _observe(self, timing: StepTiming | None) -> None:
         if timing is not None:
             self._metrics.step_seconds.observe(timing.seconds)
-        self._decode([sample for sample in denoised if not sample.request.future.cancelled()])
+            with self._wake:
+                self._scheduler.step_times.observe(*timing)
+
+    def _drop(self) -> None:
+        """Who has cancelled or is late leaves."""
+        with self._wake:
+            expired = self._scheduler.drop(time.perf_counter())
+        for request in expired:
+            self._end(request, DeadlineError(request.deadline - request.submitted_at))
 
     def _place(self, samples: Iterable[Sample]) -> None:
         now = time.perf_counter()
@@ -199,21 +215,33 @@ class Engine:
         if not samples:
             return
         started = time.perf_counter()
-        decoding = self._runner.decode([sample.slot for sample in samples])
+        try:
+            decoding = self._runner.decode([sample.slot for sample in samples])
+        except Exception as error:  # the others' steps go on
+            self._fail_decoded(samples, error)
+            return
         if self._receiver is None:
-            self._deliver(samples, decoding, started)
-        else:
-            self._receiver.submit(self._receive, samples, decoding, started)
+            self._receive(samples, decoding, started)
+            return
+        self._receiving.append(self._receiver.submit(self._receive, samples, decoding, started))
+        if len(self._receiving) > DECODED_AHEAD:
+            self._receiving.popleft().result()
 
     def _receive(self, samples: Sequence[Sample], decoding: Decoding, started: float) -> None:
         try:
-            self._deliver(samples, decoding, started)
-        except Exception as error:  # a fault of the device: those who wait for it are told
-            log.exception("a decoding failed")
-            self._fail(error, {sample.request for sample in samples})
+            images = decoding.images()
+        except Exception as error:
+            self._fail_decoded(samples, error)
+        else:
+            self._deliver(samples, images, started)
 
-    def _deliver(self, samples: Sequence[Sample], decoding: Decoding, started: float) -> None:
-        images = decoding.images()
+    def _fail_decoded(self, samples: Sequence[Sample], error: Exception) -> None:
+        log.error("a decoding failed", exc_info=error)
+        self._fail(error, {sample.request for sample in samples})
+
+    def _deliver(
+        self, samples: Sequence[Sample], images: Sequence[np.ndarray], started: float
+    ) -> None:
         now = time.perf_counter()
         self._metrics.decode_seconds.observe(now - started)
         for sample, image in zip(samples, images, strict=True):
@@ -235,11 +263,7 @@ class Engine:
         except EngineClosedError:
             return
         except Exception as error:  # e.g. out of memory: whoever waits is told
-            log.exception("the warm-up failed")
-            self.failure = f"the warm-up failed: {type(error).__name__}: {error}"
-            with self._wake:
-                self._closing = True
-            self._fail(error, self._scheduler.requests)
+            self._give_up("the warm-up failed", error)
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._closing or self._scheduler.has_work)
@@ -248,14 +272,26 @@ class Engine:
             try:
                 self.step()
             except Exception as error:  # those in this step are told, and the loop goes on
-                log.exception("a step failed")
-                self._fail(error, {sample.request for sample in self._stepping})
+                if not self._stepping or not self._runner.works():
+                    self._give_up("the engine failed", error)
+                else:
+                    log.exception("a step failed")
+                    self._fail(error, {sample.request for sample in self._stepping})
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        log.error(what, exc_info=error)
+        self.failure = f"{what}: {type(error).__name__}: {error}"
+        self.ready = False
+        with self._wake:
+            self._closing = True
+        self._fail(error, self._scheduler.requests)
 
     def _warm_up(self) -> None:
         def say(text: str) -> None:
             if self._closing:
                 raise EngineClosedError
             self.progress = f"the model is warming up: {text}"
+            self._drop()
 
         step_times = warm_up(self._runner, say, remembered(self._step_times_file))
         with self._wake:

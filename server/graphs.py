@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 # A kind of block is compiled once for each bucket: beyond this number torch would give up.
 COMPILATIONS = 512
-WARM_UP_CALLS = 3
 
 
 @dataclass(frozen=True)
@@ -46,17 +45,20 @@ class Replayed:
     """`function(rows)` of fixed buffers; with `captures` a CUDA graph for each number of rows, made
     at its first call, whose output stays at its place and is valid until the next one.
 
-    The largest number should come first: the others then fit into its memory.
+    The largest number should come first: the others then fit into its memory. A function's graphs
+    share that and must not run side by side; those of two functions may.
     """
 
     def __init__(
         self, function: Callable[[int], Tensor], device: torch.device, *, captures: bool
     ) -> None:
-        self._function, self._device = function, device
+        self._function, self._captures = function, captures
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._captures = captures
-        # Graphs that share memory must not run side by side: each function has a pool of its own.
-        self._pool = torch.cuda.graph_pool_handle() if captures else None
+        if captures:
+            # A graph keeps the cuBLAS workspace of the stream it was captured on, so on torch's
+            # own stream for captures all functions would share one.
+            self._stream = torch.cuda.Stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, rows: int) -> Tensor:
         if not self._captures:
@@ -68,28 +70,39 @@ class Replayed:
         return output
 
     def _capture(self, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_CALLS):
-                self._function(rows)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+            self._function(rows)  # what is compiled, allocated or looked up once
+        torch.cuda.synchronize(stream.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Another thread may read the GPU's memory for /metrics meanwhile.
+        with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
             output = self._function(rows)
         return graph, output
+
+    def keep(self, sizes: Sequence[int]) -> None:
+        """Let go the graphs of other sizes."""
+        for size in self._graphs.keys() - set(sizes):
+            del self._graphs[size]
 
 
 def compile_regions(model: nn.Module, names: Sequence[str]) -> None:
     """Compile the modules inside the lists called `names` of a model, each kind of them once."""
-    torch._dynamo.config.recompile_limit = COMPILATIONS
-    torch._dynamo.config.accumulated_recompile_limit = COMPILATIONS
+    allow_compilations()
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in names:
             assert isinstance(module, nn.ModuleList)
             for region in module:
                 # Not `region.compile()`: all kinds would be one code object's compilations.
                 region.forward = torch.compile(region.forward, fullgraph=True, dynamic=False)
+
+
+def allow_compilations() -> None:
+    """Let this thread compile a region for every bucket: torch's limit is 8, and newer versions
+    have it by thread."""
+    torch._dynamo.config.recompile_limit = COMPILATIONS
+    torch._dynamo.config.accumulated_recompile_limit = COMPILATIONS
 
 
 def keep_compiled(folder: Path) -> None:

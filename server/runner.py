@@ -25,6 +25,7 @@ from rae.server.conditioning import ConditioningCache, bytes_per_row
 from rae.server.decoding import Decoding, ImageDecoder
 from rae.server.descriptors import RUN_AHEAD, Descriptors, to_device
 from rae.server.devices import (
+    Layers,
     conditioning_bytes,
     num_slots,
     prepare,
@@ -84,6 +85,8 @@ class Runner:
     ) -> None:
         config = self.config = checkpoint.config
         self.device, self.options = device, options
+        if device.index is not None:
+            torch.cuda.set_device(device)  # Triton, events and graphs take the current one
         self.precision, self._dtype = resolve_precision(options.precision, device)
         set_matmul_precision(self.precision)
         self.compiles = options.compile == "on" or (
@@ -94,14 +97,16 @@ class Runner:
         self._dit_dh, self._guide = checkpoint.dit_dh, checkpoint.guide
         for model in (checkpoint.dit_dh, checkpoint.guide, checkpoint.rae):
             if model is not None:
-                self._prepare(model.to(device))
+                self.layers = self._prepare(model.to(device))
         shape = (config.dit_dh.num_tokens, config.dit_dh.latent_channels)
         slots = options.slots or num_slots(device, 4 * shape[0] * shape[1], options.max_rows)
         self.latents = torch.zeros(slots, *shape, device=device)
         self._images: dict[int, tuple[ImageSpec, Plan]] = {}
         max_rows = max(2, options.max_rows)  # what one image with CFG takes
         self.buckets = self._buckets(max_rows)
-        self._rows = Descriptors(max_rows, device)
+        self._descriptors = Descriptors(max_rows, device)
+        bound = options.conditioning_bytes
+        self._conditioning_bytes = conditioning_bytes(device) if bound is None else bound
         self.model = self._evaluation(self._dit_dh)
         self.guide = self._guide and self._evaluation(self._guide, "guide_")
         decoded = self._buckets(min(DECODED_AT_ONCE, options.max_rows))
@@ -110,26 +115,35 @@ class Runner:
         )
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._in_flight: deque[tuple[torch.cuda.Event, torch.cuda.Event, int, int]] = deque()
+        self._over: StepTiming | None = None
         self._cached_plan = lru_cache(maxsize=1024)(self._make_plan)
 
-    def _prepare(self, model: torch.nn.Module) -> None:
+    def _prepare(self, model: torch.nn.Module) -> Layers:
         kernels, attention = self.options.kernels, self.options.attention
-        self.layers = prepare(
+        layers = prepare(
             model, self.device, self._dtype, kernels, attention, compiles=self.compiles
         )
         if self.compiles:
             keep_compiled(cache_folder() / "compiled")
-            compile_regions(model, ("blocks", "decoder_layers"))
+            compile_regions(model, self._regions)
+        return layers
+
+    @property
+    def _regions(self) -> tuple[str, ...]:
+        """What is compiled. A fused block is kernels and products, with nothing between them to be
+        fused, and XL's would be 45 compilations: only who asks for them gets them."""
+        return ("blocks", "decoder_layers") if self.options.compile == "on" else ("decoder_layers",)
 
     def _evaluation(self, model: DiTDH, prefix: str = "") -> Evaluation:
-        bound = self.options.conditioning_bytes
-        bound = conditioning_bytes(self.device) if bound is None else bound
-        capacity = bound // bytes_per_row(model.config, self._dtype)
+        capacity = self._conditioning_bytes // bytes_per_row(model.config, self._dtype)
         fits = capacity >= self.buckets.largest
         return Evaluation(
             model,
             self.latents,
-            {name: self._rows.read[prefix + name] for name in ("slots", "labels", "t", "kept")},
+            {
+                name: self._descriptors.read[prefix + name]
+                for name in ("slots", "labels", "t", "kept")
+            },
             ConditioningCache(model, capacity, self.device, self._dtype) if fits else None,
             self.autocast,
             captures=self.captures,
@@ -189,7 +203,7 @@ class Runner:
         noise = draw_noise(self.config.dit_dh.latent_shape, [spec.seed])[0].flatten(1).T
         if self.device.type == "cuda":  # a copy from memory that is not pinned waits for all steps
             noise = noise.contiguous().pin_memory()
-        self.latents[slot].copy_(noise, non_blocking=True)
+        self.latents[slot].copy_(noise, non_blocking=noise.is_pinned())
         plan = self.plan(spec)
         self._images[slot] = (spec, plan)
         second = [t for t, guided in zip(plan.times, plan.guided, strict=False) if guided]
@@ -200,17 +214,15 @@ class Runner:
             self.guide.keep((spec.class_label, t) for t in second)
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[tuple[int, int]]) -> StepTiming | None:
-        """One evaluation and Euler update for each (slot, step) of `rows`; slots are distinct.
-
-        On CUDA it is only enqueued, and a step that had to be over before is returned.
-        """
-        over = self._wait_for_a_turn()
+    def step(self, rows: Sequence[tuple[int, int]]) -> None:
+        """One evaluation and Euler update for each (slot, step) of `rows`; slots are distinct. On
+        CUDA it is only enqueued."""
+        self.wait()
         started = time.perf_counter()
         num_model, num_guide = self._describe(rows)
         begin = self._event()
         velocity, guide_velocity = self._velocities(num_model, num_guide)
-        read = self._rows.read
+        read = self._descriptors.read
         updated = len(velocity) if self.buckets.sizes else len(rows)
         guided_euler(
             self.latents,
@@ -224,9 +236,9 @@ class Runner:
         )
         end = self._event()
         if begin is None or end is None:
-            return StepTiming(num_model, num_guide, time.perf_counter() - started)
-        self._in_flight.append((begin, end, num_model, num_guide))
-        return over
+            self._over = StepTiming(num_model, num_guide, time.perf_counter() - started)
+        else:
+            self._in_flight.append((begin, end, num_model, num_guide))
 
     def _event(self) -> torch.cuda.Event | None:
         if self.device.type != "cuda":
@@ -235,17 +247,29 @@ class Runner:
         event.record()
         return event
 
-    def _wait_for_a_turn(self) -> StepTiming | None:
-        if len(self._in_flight) < RUN_AHEAD:
-            return None
-        begin, end, num_model, num_guide = self._in_flight.popleft()
-        end.synchronize()
-        return StepTiming(num_model, num_guide, begin.elapsed_time(end) / 1000)
+    def wait(self) -> StepTiming | None:
+        """Wait until another step may be enqueued. The step that ended with that, if one did; what
+        a step is to do is best decided after this."""
+        over, self._over = self._over, None
+        if len(self._in_flight) == RUN_AHEAD:
+            begin, end, num_model, num_guide = self._in_flight.popleft()
+            end.synchronize()
+            over = StepTiming(num_model, num_guide, begin.elapsed_time(end) / 1000)
+        return over
+
+    def works(self) -> bool:
+        """False after a fault that a CUDA device does not recover from in this process."""
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return False
+        return True
 
     def _describe(self, rows: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """Write the step's descriptors: the images' own rows, in their order, then the null
         label's, then pads. How many the model's are, and the guide's."""
-        write, null_label = self._rows.write, self.config.dit_dh.null_label
+        write, null_label = self._descriptors.write, self.config.dit_dh.null_label
         write["targets"].fill(-1)
         write["weak_rows"].fill(-1)
         model: list[tuple[int, int, float]] = []
@@ -267,23 +291,23 @@ class Runner:
         self.model.describe(model, write, "")
         if self.guide is not None and guide:
             self.guide.describe(guide, write, "guide_")
-        self._rows.send()
+        self._descriptors.send()
         return len(model), len(guide)
 
     def _velocities(self, num_model: int, num_guide: int) -> tuple[Tensor, Tensor | None]:
         """Of all rows and of the guide's, pads included."""
-        num_model = self.buckets(num_model)
+        padded = self.buckets(num_model)
         if self.guide is None or not num_guide:
-            return self.model.rows(num_model), None
-        num_guide = self.buckets(num_guide)
-        if self._side is None or num_model > FORKED_ROWS:
-            guide_velocity = self.guide.rows(num_guide)
-            return self.model.rows(num_model), guide_velocity
+            return self.model.rows(padded), None
+        padded_guide = self.buckets(num_guide)
+        if self._side is None or padded > FORKED_ROWS:
+            guide_velocity = self.guide.rows(padded_guide)
+            return self.model.rows(padded), guide_velocity
         main = torch.cuda.current_stream(self.device)
         self._side.wait_stream(main)
         with torch.cuda.stream(self._side):
-            guide_velocity = self.guide.rows(num_guide)
-        velocity = self.model.rows(num_model)
+            guide_velocity = self.guide.rows(padded_guide)
+        velocity = self.model.rows(padded)
         main.wait_stream(self._side)
         return velocity, guide_velocity
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
@@ -41,7 +42,8 @@ class Scheduler:
         self._last_rows = 0
         self.step_times = step_times
         self._cancelled: deque[Request] = deque()
-        self._deadlines: list[tuple[float, int, Request]] = []
+        # Most are done long before: their pixels must not stay until then.
+        self._deadlines: list[tuple[float, int, weakref.ref[Request]]] = []
         self._arrivals = count()
 
     @property
@@ -64,7 +66,8 @@ class Scheduler:
         self.cost += cost
         self._orders[request.priority].add(request, cost)
         if request.deadline < math.inf:
-            heapq.heappush(self._deadlines, (request.deadline, next(self._arrivals), request))
+            entry = (request.deadline, next(self._arrivals), weakref.ref(request))
+            heapq.heappush(self._deadlines, entry)
         # Called where the future is cancelled, in any thread: a deque takes that.
         request.future.add_done_callback(
             lambda future: self._cancelled.append(request) if future.cancelled() else None
@@ -77,8 +80,8 @@ class Scheduler:
             self.remove(self._cancelled.popleft())
         expired: list[Request] = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            *_, request = heapq.heappop(self._deadlines)
-            if request in self._costs:
+            request = heapq.heappop(self._deadlines)[2]()
+            if request is not None and request in self._costs:
                 self.remove(request)
                 expired.append(request)
         return expired

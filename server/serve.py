@@ -39,21 +39,22 @@ class Server(uvicorn.Server):
         self.engine, self.listener, self.announce = engine, listener, announce
 
     async def main_loop(self) -> None:
-        waiting = asyncio.create_task(self.announce_when_ready())
+        waiting = asyncio.create_task(self.watch())
         await super().main_loop()
         waiting.cancel()
 
-    async def announce_when_ready(self) -> None:
-        said = time.monotonic()
-        while not self.engine.ready:
-            if self.engine.failure:
-                self.should_exit = True
-                return
-            if time.monotonic() - said > PROGRESS_S:
+    async def watch(self) -> None:
+        """Say how the warm-up goes, and that it is over; end the server where the engine fails."""
+        said, is_announced = time.monotonic(), False
+        while not self.engine.failure:
+            if self.engine.ready and not is_announced:
+                self.announce()
+                is_announced = True
+            elif not self.engine.ready and time.monotonic() - said > PROGRESS_S:
                 log.info(self.engine.progress)
                 said = time.monotonic()
             await asyncio.sleep(0.05)
-        self.announce()
+        self.should_exit = True
 
     def serve_until_stopped(self) -> str | None:
         """Until SIGTERM or SIGINT; what runs then is finished, for at most GRACE_S.

@@ -14,7 +14,8 @@ import torch
 
 from rae.models.cache import cache_folder
 from rae.models.checkpoint import Checkpoint
-from rae.server.graphs import Buckets, Replayed
+from rae.server.graphs import Buckets, Replayed, allow_compilations
+from rae.server.request import ImageSpec
 from rae.server.runner import Runner
 from rae.server.step_times import StepTimes
 
@@ -37,32 +38,67 @@ def warm_up(runner: Runner, say: Say, before: StepTimes | None = None) -> StepTi
 
     Raises torch.OutOfMemoryError where not even the smallest fits.
     """
-    evaluations = {"model": runner.model.rows}
-    if runner.guide is not None:
-        evaluations["guide"] = runner.guide.rows
-    for name, rows in evaluations.items():
-        runner.buckets = make_ready(rows, runner.buckets, name, say)
-    runner.decoder.buckets = make_ready(runner.decoder.rows, runner.decoder.buckets, "decoder", say)
+    allow_compilations()
+    decoder, model, guide = runner.decoder, runner.model, runner.guide
+    decoder.buckets = make_ready(decoder.rows, decoder.buckets, "decoder", say)
+    smallest = runner.buckets(2)  # an image with CFG takes two rows
+    runner.buckets = make_ready(model.rows, runner.buckets, "model", say, smallest)
+    if guide is not None:
+        runner.buckets = make_ready(guide.rows, runner.buckets, "guide", say, smallest)
+        model.rows.keep(runner.buckets.sizes or ())
+    exercise(runner, say)
     before = before or StepTimes()
-    model = before.model | measure(runner.model.rows, runner.buckets, say)
-    guide = before.guide | measure(runner.guide.rows, runner.buckets, say) if runner.guide else {}
-    return StepTimes(model, guide, pads=runner.buckets.sizes is not None)
+    return StepTimes(
+        before.model | measure(model.rows, runner.buckets, say),
+        before.guide | measure(guide.rows, runner.buckets, say) if guide is not None else {},
+        pads=runner.buckets.sizes is not None,
+    )
 
 
-def make_ready(rows: Replayed, buckets: Buckets, name: str, say: Say) -> Buckets:
+def make_ready(rows: Replayed, buckets: Buckets, name: str, say: Say, smallest: int = 1) -> Buckets:
     """The buckets that fit into the memory; without any, one row is as good as all."""
     ready: list[int] = []
     for size in reversed(buckets.sizes or (1,)):
         say(f"{name}, {size} rows")
-        try:
-            rows(size)
+        if fits(rows, size):
             ready.append(size)
-        except torch.OutOfMemoryError:
-            if size <= 2 or buckets.sizes == (size,):
-                raise
-            torch.cuda.empty_cache()
+        elif size <= smallest:
+            raise torch.OutOfMemoryError(f"{name}: {size} rows do not fit into the memory")
+        else:
             log.warning("%s: %d rows do not fit into the memory", name, size)
     return Buckets(ready[0], tuple(reversed(ready))) if buckets.sizes else buckets
+
+
+def fits(rows: Replayed, size: int) -> bool:
+    try:
+        rows(size)
+    except torch.OutOfMemoryError:
+        pass
+    else:
+        return True
+    torch.cuda.empty_cache()  # out here: the exception held what had been computed
+    return False
+
+
+def exercise(runner: Runner, say: Say) -> None:
+    """Steps of every kind and size, and a decoding: what is compiled or allocated at its first use
+    is so before anybody waits."""
+    for size in runner.buckets.sizes or (1,):
+        say(f"steps of {size} rows")
+        for method in (None, *runner.config.guidance_methods):
+            spec = ImageSpec(
+                class_label=0,
+                seed=0,
+                steps=2,
+                cfg=1.0 if method is None else 2.0,
+                guidance_method=method or "cfg",
+            )
+            num_images = max(1, size // runner.plan(spec).model_rows(0))
+            slots = range(min(runner.num_slots, num_images))
+            for slot in slots:
+                runner.start(slot, spec)
+            runner.step([(slot, 0) for slot in slots])
+    runner.decode([0]).images()
 
 
 def step_times_file(checkpoint: Checkpoint, runner: Runner) -> Path:
@@ -82,10 +118,10 @@ def remembered(path: Path) -> StepTimes:
 def remember(path: Path, step_times: StepTimes) -> None:
     """For the next start; a home that cannot be written to is no reason to fail."""
     with suppress(OSError):
-        write(path, step_times.to_json())
+        write_atomically(path, step_times.to_json())
 
 
-def write(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(text)

@@ -124,7 +124,8 @@ def test_no_turn_begins_that_would_end_too_late(clock: list[float]) -> None:
 def test_a_run_on_the_tiny_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "benchmarks" / "throughput.py", "--model", tiny_checkpoint]
     command += ["--device", "cpu", "--steps", "3", "--turns", "1", "--batch", "2", "--batch", "1"]
-    command += ["--part", "sweep", "--part", "ablation", "--out", tmp_path]
+    command += ["--part", "sweep", "--part", "ablation", "--part", "deterministic"]
+    command += ["--out", tmp_path]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = json.loads((tmp_path / "throughput.json").read_text())
     assert result.returncode == 0, f"{result.stderr} {found}"
@@ -133,6 +134,7 @@ def test_a_run_on_the_tiny_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> 
     swept = [(row["arm"], row["batch"]) for row in rows if row["part"] == "sweep"]
     assert swept == [("ours", "2"), ("ours", "1")]
     assert [row["batch"] for row in rows if row["part"] == "ablation"] == list("111222")
+    assert [row["batch"] for row in rows if row["part"] == "deterministic"] == list("2211")
     for row in rows:
         assert 0 < float(row["of_the_peak"]) < 1 and not row["error"]
         assert float(row["ms_per_step"]) > 0 and row["method"] == "autoguidance"

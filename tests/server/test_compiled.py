@@ -11,9 +11,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from rae.models.checkpoint import load_checkpoint
+from rae.server.engine import Engine
+from rae.server.metrics import Metrics
 from rae.server.request import ImageSpec
 from rae.server.runner import Runner, RunnerOptions
-from rae.server.settings import Compile, Kernels
+from rae.server.settings import Compile, EngineSettings, Kernels
 from rae.server.warm_up import warm_up
 
 SPECS = [
@@ -61,6 +63,21 @@ def test_blocks_of_a_kind_are_one_graph_per_bucket(
     per_bucket = {"auto": 2 + 2 + 1, "reference": 3 + 2 + 1}[kernels]
     assert counters["stats"]["unique_graphs"] == 3 * per_bucket
     assert torch.equal(compiled, latents(tiny_checkpoint, "off", kernels))
+
+
+def test_the_engine_compiles_more_than_torch_allows_by_itself(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread of its own, where settings of the thread that made it may not hold."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    settings = EngineSettings(device="cpu", compile="on", max_batch=16)
+    engine = Engine(load_checkpoint(tiny_checkpoint), settings, Metrics())
+    engine.start()
+    try:
+        assert len(engine.submit(SPECS, "compiled").future.result(60).images) == 3
+        assert counters["stats"]["unique_graphs"] > 5 * 2 * 2
+    finally:
+        engine.close()
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def test_info_and_serve_of_an_rae_alone(exported: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "facebook/dinov2 at 56 px, not in this folder" in result.output
     assert "16 × 16 px" in result.output and "shift" not in result.output
-    for command in (["serve", "--model", out], ["generate", "--model", out]):
+    for command in (["serve", "--port", 0, "--model", out], ["generate", "--model", out]):
         result = rae(*command)
         assert result.exit_code == 1
         assert "autoencoder without a DiT^DH" in " ".join(result.output.split())

@@ -66,24 +66,26 @@ def test_images_are_those_of_a_cpu(tiny_checkpoint: Path) -> None:
         assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
+@pytest.mark.parametrize("max_batch", [8, 16], ids=["guide beside the model", "guide first"])
 @pytest.mark.parametrize("compile", ["off", "on"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_neighbours_change_no_bit_when_deterministic(
-    tiny_checkpoint: Path, precision: Precision, compile: str
+    tiny_checkpoint: Path, precision: Precision, compile: str, max_batch: int
 ) -> None:
+    """Images end at different steps, so that some are decoded while others are in a step."""
     settings = EngineSettings(
         device="cuda",
         precision=precision,
         compile=compile,  # type: ignore[arg-type]
-        max_batch=16,
+        max_batch=max_batch,
         deterministic=True,
     )
     engine = Engine(load_checkpoint(tiny_checkpoint), settings, Metrics())
     engine.start()
     try:
         alone = [engine.submit([s], "alone").future.result(60).images[0] for s in SPECS]
-        together = [engine.submit([s], "together") for s in SPECS]
-        for image, request in zip(alone, together, strict=True):
+        together = [engine.submit([s], "together") for s in 5 * SPECS]
+        for image, request in zip(5 * alone, together, strict=True):
             np.testing.assert_array_equal(image, request.future.result(60).images[0])
     finally:
         engine.close()

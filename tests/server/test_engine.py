@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -212,3 +214,52 @@ def test_what_is_urgent_goes_first(make_engine: Callable[..., Engine]) -> None:
     step_until_done(engine, normal)
     assert not low.future.done()
     step_until_done(engine, low)
+
+
+def test_what_is_done_is_let_go_before_its_deadline(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    request = engine.submit([spec(1)], "done", deadline_s=86_400)
+    step_until_done(engine, request)
+    engine.step()
+    done = weakref.ref(request)
+    del request
+    gc.collect()
+    assert done() is None
+
+
+def test_a_failed_decoding_fails_its_images_alone(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    bad, good = engine.submit([spec(1, 3)], "bad"), engine.submit([spec(2, 9)], "good")
+
+    def fail(rows: int) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner.decoder, "rows", fail)
+        step_until_done(engine, bad)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bad.future.result(0)
+    step_until_done(engine, good)
+    assert len(images(good)) == 1
+
+
+def test_a_device_that_does_not_recover_is_given_up(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(rows: object) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    engine = make_engine()
+    engine.start()
+    wait_until(lambda: engine.ready)
+    monkeypatch.setattr(engine._runner, "step", fail)
+    monkeypatch.setattr(engine._runner, "works", lambda: False)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        engine.submit([spec(1)], "first").future.result(TIMEOUT_S)
+    wait_until(lambda: engine.failure is not None)
+    assert engine.failure == "the engine failed: RuntimeError: an illegal memory access"
+    assert not engine.ready
+    with pytest.raises(EngineClosedError):
+        engine.submit([spec(2)], "late")

@@ -77,7 +77,7 @@ def spawn(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=child_environment | environment,
+            env=child_environment | {"RAE_PRECISION": "fp32"} | environment,
         )
 
     return start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from rae.models.checkpoint import load_checkpoint
 from rae.server.engine import Engine
-from rae.server.graphs import Buckets
+from rae.server.graphs import Buckets, Replayed
 from rae.server.metrics import Metrics
 from rae.server.request import ImageSpec
 from rae.server.runner import Runner, RunnerOptions
@@ -25,13 +24,15 @@ def make_runner(folder: Path, **options: object) -> Runner:
     return Runner(load_checkpoint(folder), torch.device("cpu"), chosen)
 
 
-def fits_only(largest: int, rows: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+def let_fit(monkeypatch: pytest.MonkeyPatch, rows: Replayed, largest: int) -> None:
+    function = rows._function
+
     def run(size: int) -> Tensor:
         if size > largest:
             raise torch.OutOfMemoryError
-        return rows(size)
+        return function(size)
 
-    return run
+    monkeypatch.setattr(rows, "_function", run)
 
 
 def test_every_number_of_rows_is_measured_and_said(tiny_checkpoint: Path) -> None:
@@ -40,7 +41,7 @@ def test_every_number_of_rows_is_measured_and_said(tiny_checkpoint: Path) -> Non
     assert list(times.model) == list(times.guide) == [1, 2, 4, 8]
     assert not times.pads
     assert all(0 < seconds < 1 for seconds in times.model.values())
-    assert said[:3] == ["model, 1 rows", "guide, 1 rows", "decoder, 1 rows"]
+    assert said[:3] == ["decoder, 1 rows", "model, 1 rows", "guide, 1 rows"]
 
 
 def test_buckets_that_do_not_fit_are_given_up(
@@ -49,14 +50,14 @@ def test_buckets_that_do_not_fit_are_given_up(
     runner = make_runner(tiny_checkpoint, max_rows=16)
     runner.buckets = Buckets.upto(16)
     assert runner.guide is not None
-    monkeypatch.setattr(runner.model, "rows", fits_only(8, runner.model.rows))
-    monkeypatch.setattr(runner.guide, "rows", fits_only(4, runner.guide.rows))
+    let_fit(monkeypatch, runner.model.rows, 8)
+    let_fit(monkeypatch, runner.guide.rows, 4)
     times = warm_up(runner, lambda _: None)
     assert runner.buckets == Buckets(4, (1, 2, 4))
     assert list(times.model) == list(times.guide) == [1, 2, 4]
     assert times.pads
     runner.buckets = Buckets.upto(16)
-    monkeypatch.setattr(runner.model, "rows", fits_only(1, runner.model.rows))
+    let_fit(monkeypatch, runner.model.rows, 1)
     with pytest.raises(torch.OutOfMemoryError):
         warm_up(runner, lambda _: None)
 
