@@ -92,7 +92,7 @@ class ModelSettings(FolderSettings):
     compile: Annotated[
         Compile,
         typer.Option(
-            help="torch.compile; auto is on on cuda. What it makes is kept for the next start.",
+            help="torch.compile: of all layers, of what gains by it on cuda, or of none. It is kept.",
             envvar="RAE_COMPILE",
             rich_help_panel=MODEL,
         ),
