@@ -38,7 +38,7 @@ class RequestLevel(Scheduler):
         """Let `others` take from this one's queue."""
         for other in others:
             other.waiting, other._started = self.waiting, self._started
-            other._costs, other._orders = self._costs, self._orders
+            other._costs, other._order = self._costs, self._order
 
     def _start_batch(self) -> None:
         waiting = [sample for samples in self.waiting.values() for sample in samples]

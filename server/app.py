@@ -162,6 +162,7 @@ class Service:
             python=platform.python_version(),
             device=engine.device,
             precision=engine.precision,
+            deterministic=settings.deterministic,
             kernels=KernelInfo(
                 kernels=settings.kernels,
                 attention=settings.attention,

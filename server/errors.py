@@ -109,13 +109,20 @@ class DeadlineError(ApiError):
     status, type, outcome = 504, "deadline_exceeded", "expired"
 
     def __init__(self, deadline_s: float, predicted_s: float | None = None) -> None:
-        self.predicted_s = predicted_s
+        self.deadline_s, self.predicted_s = deadline_s, predicted_s
         reason = (
             "has passed"
             if predicted_s is None
             else f"is too short: about {predicted_s:.2f} s are needed"
         )
         super().__init__(f"the deadline of {1000 * deadline_s:.0f} ms {reason}")
+
+    @property
+    def details(self) -> Sequence[Detail]:
+        if self.predicted_s is None:
+            return ()
+        allowed = f"about {math.ceil(1000 * self.predicted_s)} or more now"
+        return [Detail("deadline_ms", f"{1000 * self.deadline_s:.0f}", allowed)]
 
 
 class EngineClosedError(ApiError):

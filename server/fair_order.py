@@ -12,14 +12,20 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from operator import attrgetter
 
-from rae.server.request import Request
+from rae.server.request import Priority, Request
 
 Tag = tuple[float, int]
+Flow = tuple[str, Priority]
+SHARES: Mapping[Priority, float] = {"low": 0.1, "normal": 1.0, "high": 10.0}
+
+
+def flow_of(request: Request) -> Flow:
+    return request.client, request.priority
 
 
 @dataclass(eq=False)
@@ -46,11 +52,12 @@ class _Client:
 
 class FairOrder:
     """Requests in fair order. Costs are in any one unit; clients are told apart by name, and a
-    client's weight is that of its latest request."""
+    client's weight is that of its latest request. Its requests of another priority are as if of
+    another client, of `SHARES` times the weight: so even low ones are not passed for ever."""
 
     def __init__(self) -> None:
         self._now = 0.0  # cost served per unit of weight
-        self._clients: dict[str, _Client] = {}  # those with requests in the shadow
+        self._clients: dict[Flow, _Client] = {}  # those with requests in the shadow
         self._tags: dict[Request, Tag] = {}
         self._requests: dict[int, Request] = {}  # by arrival
         self._overdue: dict[Request, None] = {}  # ended in the shadow alone
@@ -73,9 +80,10 @@ class FairOrder:
             heapq.heapreplace(heads, (end, next_arrival, index + 1, client))
 
     def add(self, request: Request, cost: float) -> None:
-        client = self._clients.setdefault(request.client, _Client(request.weight))
+        weight = request.weight * SHARES[request.priority]
+        client = self._clients.setdefault(flow_of(request), _Client(weight))
         client.update(self._now)
-        client.weight = request.weight
+        client.weight = weight
         arrival = next(self._arrivals)
         tag = self._tags[request] = (client.share + cost, arrival)
         self._requests[arrival] = request
@@ -95,12 +103,12 @@ class FairOrder:
         elif request in self._overdue:
             del self._overdue[request]
         else:
-            client = self._clients[request.client]
+            client = self._clients[flow_of(request)]
             client.update(self._now)
             del client.tags[bisect_left(client.tags, tag)]
             if tag[0] - unserved > client.share:
                 insort(client.tags, (tag[0] - unserved, tag[1]))
-            self._settle(request.client, client)
+            self._settle(flow_of(request), client)
 
     def serve(self, cost: float) -> None:
         """Let the shadow work off `cost`."""
@@ -117,7 +125,7 @@ class FairOrder:
                 self._overdue[self._requests[arrival]] = None
             self._settle(name, client)
 
-    def _settle(self, name: str, client: _Client) -> None:
+    def _settle(self, name: Flow, client: _Client) -> None:
         client.plan_next_end()
         if not client.tags:
             del self._clients[name]

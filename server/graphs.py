@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 # A kind of block is compiled once for each bucket: beyond this number torch would give up.
 COMPILATIONS = 512
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,12 @@ def keep_compiled(folder: Path) -> None:
     """Keep what torch compiles in `folder`, so that the next start finds it. Its own keys hold the
     code, the versions of torch and Triton, and the GPU. A user's setting is left as it is, and
     torch's own temporary folder where `folder` cannot be written to."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes a second
+
+    if os.environ.get(VARIABLE) not in (None, default_cache_dir()):  # torch may have set its own
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    os.environ[VARIABLE] = str(folder)

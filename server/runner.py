@@ -218,8 +218,8 @@ class Runner:
         """One evaluation and Euler update for each (slot, step) of `rows`; slots are distinct. On
         CUDA it is only enqueued."""
         self.wait()
-        started = time.perf_counter()
         num_model, num_guide = self._describe(rows)
+        started = time.perf_counter()
         begin = self._event()
         velocity, guide_velocity = self._velocities(num_model, num_guide)
         read = self._descriptors.read

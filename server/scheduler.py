@@ -1,7 +1,7 @@
 """Which images advance in the next step: pure Python, no tensors, no clock, no threads.
 
 An image keeps its progress in a slot, whether it advances or not: so a step can always serve those
-whose turn it is. Requests of a higher priority go first, among equals in fair order.
+whose turn it is, in fair order.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import chain, count, islice
-from typing import get_args
+from itertools import count, islice
 
 from rae.server.fair_order import FairOrder
-from rae.server.request import Priority, Request, Sample
+from rae.server.request import Request, Sample
 from rae.server.step_times import StepTimes
 
 # Simulated H200, 1 GPU (benchmarks/scheduling.py): 0.05 costs 0.2 % of the saturated throughput
@@ -36,7 +35,7 @@ class Scheduler:
         self.cost = 0.0  # what is left to do, in rows of the model
         self._costs: dict[Request, float] = {}
         self._started: dict[Request, dict[Sample, None]] = {}
-        self._orders = {priority: FairOrder() for priority in reversed(get_args(Priority))}
+        self._order = FairOrder()
         self._free = list(reversed(range(num_slots)))
         self.max_rows = max_rows
         self._last_rows = 0
@@ -64,7 +63,7 @@ class Scheduler:
         self._started[request] = {}
         self._costs[request] = cost
         self.cost += cost
-        self._orders[request.priority].add(request, cost)
+        self._order.add(request, cost)
         if request.deadline < math.inf:
             entry = (request.deadline, next(self._arrivals), weakref.ref(request))
             heapq.heappush(self._deadlines, entry)
@@ -101,16 +100,15 @@ class Scheduler:
         What was removed since it was selected is left alone.
         """
         samples = [sample for sample in samples if sample.request in self._costs]
-        served = dict.fromkeys(self._orders, 0.0)
+        served = 0.0
         for sample in samples:
             cost = sample.remaining_cost
             sample.step += 1
             cost -= sample.remaining_cost
-            self.cost -= cost
             self._costs[sample.request] -= cost
-            served[sample.request.priority] += cost
-        for priority, cost in served.items():
-            self._orders[priority].serve(cost)
+            served += cost
+        self.cost -= served
+        self._order.serve(served)
         denoised = [sample for sample in samples if sample.denoised]
         for sample in denoised:
             self._free_slot(sample)
@@ -134,20 +132,23 @@ class Scheduler:
         for request in new:
             cost = sum(sample.remaining_cost for sample in samples if sample.request is request)
             self._costs[request] = cost
-            self._orders[request.priority].add(request, cost)
+            self._order.add(request, cost)
         cost = self._cost_until(requests)
         for request in new:
-            self._orders[request.priority].remove(request, self._costs.pop(request))
-        return max(self.drain_s(cost), self._steps_s(samples))
+            self._order.remove(request, self._costs.pop(request))
+        more = sum(sample.plan.model_rows(sample.step) for sample in samples)
+        return max(self.drain_s(cost, more), self._steps_s(samples))
 
-    def drain_s(self, cost: float) -> float:
-        """Seconds in which the device works off `cost`, in full steps."""
-        return cost / self.step_times.rate
+    def drain_s(self, cost: float, more_rows: int = 0) -> float:
+        """Seconds in which the device works off `cost`, in steps as full as those who are here, and
+        others of `more_rows`, can make them: few images are slower than many."""
+        rows = more_rows + sum(s.plan.model_rows(s.step) for s in self._fill())
+        return cost / self.step_times.rate(min(max(rows, 1), self.max_rows))
 
     def _cost_until(self, requests: set[Request]) -> float:
         """What is left of `requests` and of all that is served before the last of them."""
         cost, left = 0.0, len(requests)
-        for request in self._requests_in_order():
+        for request in self._order:
             cost += self._costs[request]
             left -= request in requests
             if not left:
@@ -161,13 +162,10 @@ class Scheduler:
         step_s = self.step_times.seconds(min(rows, self.max_rows))
         return step_s * max(sample.spec.num_evaluations - sample.step for sample in samples)
 
-    def _requests_in_order(self) -> Iterator[Request]:
-        return chain.from_iterable(self._orders.values())
-
     def _candidates(self) -> Iterator[Sample]:
         """In order, those with a slot and as many others as slots are free."""
         free = len(self._free)
-        for request in self._requests_in_order():
+        for request in self._order:
             yield from self._started[request]
             for sample in islice(self.waiting.get(request, ()), free):
                 free -= 1
@@ -227,7 +225,7 @@ class Scheduler:
         sample.request.num_running -= 1
 
     def _forget(self, request: Request, unserved: float = 0.0) -> None:
-        self._orders[request.priority].remove(request, unserved)
+        self._order.remove(request, unserved)
         del self._started[request]
         self.cost -= self._costs.pop(request)
         if not self._costs:

@@ -291,6 +291,7 @@ class Info(BaseModel):
     python: str
     device: str
     precision: str
+    deterministic: bool
     kernels: KernelInfo
     solver: Literal["euler"] = "euler"
     sampler: str = "steps are grid points as published: steps − 1 evaluations of the model"

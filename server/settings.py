@@ -92,7 +92,7 @@ class ModelSettings(FolderSettings):
     compile: Annotated[
         Compile,
         typer.Option(
-            help="torch.compile: of all layers, of what gains by it on cuda, or of none. It is kept.",
+            help="torch.compile: on for all layers, auto for those that gain on cuda. It is kept.",
             envvar="RAE_COMPILE",
             rich_help_panel=MODEL,
         ),

@@ -40,10 +40,9 @@ class StepTimes:
             if rows < 1 or not 0 < seconds < math.inf:
                 raise ValueError(f"{rows} rows in {seconds} s is no step time")
 
-    @property
-    def rate(self) -> float:
-        """The most rows of the model per second."""
-        return max((n / seconds for n, seconds in self.model.items()), default=1 / UNMEASURED_S)
+    def rate(self, rows: int) -> float:
+        """The most rows of the model per second, in steps of at most `rows`."""
+        return max(n / self.seconds(n) for n in {rows, *(n for n in self.model if n < rows)})
 
     def bucket(self, rows: int) -> int:
         """The rows of the model that are evaluated for `rows`."""

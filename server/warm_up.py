@@ -58,8 +58,9 @@ def warm_up(runner: Runner, say: Say, before: StepTimes | None = None) -> StepTi
 def make_ready(rows: Replayed, buckets: Buckets, name: str, say: Say, smallest: int = 1) -> Buckets:
     """The buckets that fit into the memory; without any, one row is as good as all."""
     ready: list[int] = []
-    for size in reversed(buckets.sizes or (1,)):
-        say(f"{name}, {size} rows")
+    sizes = buckets.sizes or (1,)
+    for number, size in enumerate(reversed(sizes), 1):
+        say(f"{name}, {size} rows ({number} of {len(sizes)})")
         if fits(rows, size):
             ready.append(size)
         elif size <= smallest:

@@ -50,6 +50,7 @@ def test_info(client: TestClient, tiny_checkpoint: Path) -> None:
     info = client.get("/info").json()
     assert (info["device"], info["precision"], info["solver"]) == ("cpu", "fp32", "euler")
     assert "steps − 1 evaluations" in info["sampler"]
+    assert info["deterministic"] is False
     assert info["limits"] == {
         "max_steps": 1000,
         "max_images": 64,

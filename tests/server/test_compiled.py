@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from rae.models.checkpoint import load_checkpoint
 from rae.server.engine import Engine
+from rae.server.graphs import keep_compiled
 from rae.server.metrics import Metrics
 from rae.server.request import ImageSpec
 from rae.server.runner import Runner, RunnerOptions
@@ -80,13 +83,29 @@ def test_the_engine_compiles_more_than_torch_allows_by_itself(
         engine.close()
 
 
+@pytest.mark.parametrize("chosen", [None, "torch's own", "/chosen"])
+def test_what_is_compiled_is_kept_where_nobody_chose_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    name, folder = "TORCHINDUCTOR_CACHE_DIR", tmp_path / "cache"
+    monkeypatch.setenv(name, default_cache_dir() if chosen == "torch's own" else chosen or "")
+    if chosen is None:
+        monkeypatch.delenv(name)
+    keep_compiled(folder)
+    assert os.environ[name] == ("/chosen" if chosen == "/chosen" else str(folder))
+    monkeypatch.setenv(name, default_cache_dir())
+    (tmp_path / "a file").touch()
+    keep_compiled(tmp_path / "a file" / "below")
+    assert os.environ[name] == default_cache_dir()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_images_are_the_same_and_a_second_start_finds_the_code(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch sets it
     first = latents(tiny_checkpoint, "on")
     made = counters["inductor"]["fxgraph_cache_miss"]
     assert made == 15 and not counters["inductor"]["fxgraph_cache_hit"]

@@ -242,5 +242,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(client: TestClient) ->
     assert re.fullmatch(
         r"the deadline of 20 ms is too short: about \d+\.\d\d s are needed", error["message"]
     )
+    (detail,) = error["details"]
+    assert (detail["field"], detail["value"]) == ("deadline_ms", "20")
     asked |= {"steps": 5, "n": 1, "deadline_ms": 60_000, "priority": "high"}
     assert client.post("/generate", json=asked).status_code == 200

@@ -117,16 +117,33 @@ def test_equals_go_by_arrival_one_after_the_other() -> None:
     assert ends(scheduler) == {"a": 2, "b": 4, "c": 6, "d": 8}
 
 
-def test_priority_goes_before_fairness() -> None:
+def test_a_priority_is_a_share_ten_times_as_large() -> None:
     scheduler = make_scheduler(max_rows=1)
     for priority in ("low", "normal", "high"):
-        scheduler.add(make_request(priority, 10, priority=priority))
-        scheduler.add(make_request(f"long, {priority}", 100, priority=priority))
-    assert list(ends(scheduler)) == [
-        *("high", "long, high"),
-        *("normal", "long, normal"),
-        *("low", "long, low"),
-    ]
+        for steps in (11, 101):
+            scheduler.add(make_request(f"{priority} {steps}", steps, priority=priority))
+    # They would end at 22.2, 122.2, 132.2, 220, 222 and 330 if all shared.
+    assert ends(scheduler) == {
+        "high 11": 10,
+        "high 101": 110,
+        "normal 11": 120,
+        "normal 101": 220,
+        "low 11": 230,
+        "low 101": 330,
+    }
+
+
+def test_a_low_request_is_not_passed_for_ever() -> None:
+    scheduler = make_scheduler(max_rows=1)
+    low = make_request("low", 11, priority="low")
+    scheduler.add(low)
+    num_steps = 0
+    while not low.samples[0].denoised:
+        if num_steps % 2 == 0:
+            scheduler.add(make_request(f"normal {num_steps}", 3))
+        step(scheduler)
+        num_steps += 1
+    assert 90 <= num_steps <= 130, "10 evaluations at an eleventh of the device"
 
 
 def saturate(scheduler: Scheduler, num_steps: int, **clients: tuple[float, int]) -> Counter[str]:
@@ -358,7 +375,7 @@ def test_a_prediction_is_no_less_than_its_own_steps() -> None:
     request = make_request("request", *[10] * 4)
     assert scheduler.predict_s(request.samples) == 9 * 4.0, "4 rows run as 64"
     scheduler.add(make_request("other", 2, client="other"))
-    assert scheduler.predict_s(make_request("single", 10).samples) == 9 * 1.0
+    assert scheduler.predict_s(make_request("single", 10).samples) == 10 * 1.0, "after the other"
     scheduler.add(make_request("many", *[3] * 63))
     scheduler.select()
     assert scheduler.predict_s(make_request("single", 10).samples) == 9 * 4.0

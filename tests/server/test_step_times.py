@@ -17,7 +17,7 @@ def test_padded_rows_take_the_time_of_their_bucket() -> None:
     assert times.seconds(16) == 10.0, "beyond the largest bucket in proportion"
     assert times.seconds(2, 1) == 1.75
     assert times.seconds(2, 2) == 2.25, "the guide has buckets of its own"
-    assert times.rate == 8 / 5.0
+    assert times.rate(8) == 8 / 5.0
 
 
 def test_without_buckets_times_lie_on_lines() -> None:
@@ -26,7 +26,7 @@ def test_without_buckets_times_lie_on_lines() -> None:
     assert [times.seconds(rows) for rows in (1, 2, 3, 6, 8)] == [2.5, 3.0, 3.5, 6.0, 8.0]
     assert times.seconds(10) == 10.0, "by the last slope"
     assert times.seconds(2, 4) == 3.0 + 2.0, "one point alone: in proportion"
-    assert times.rate == 1.0
+    assert (times.rate(1), times.rate(3), times.rate(8)) == (1 / 2.5, 3 / 3.5, 1.0)
 
 
 def test_no_step_is_free() -> None:
@@ -40,7 +40,12 @@ def test_no_step_is_free() -> None:
 @pytest.mark.parametrize("pads", [True, False])
 def test_unmeasured_steps_take_a_second_whatever_their_rows(pads: bool) -> None:
     times = StepTimes(pads=pads)
-    assert (times.bucket(5), times.seconds(5), times.seconds(64), times.rate) == (5, 1.0, 1.0, 1.0)
+    assert (times.bucket(5), times.seconds(5), times.seconds(64), times.rate(1)) == (
+        5,
+        1.0,
+        1.0,
+        1.0,
+    )
     times.observe(4, 0, 0.5)
     assert times.seconds(4) == 0.5
 

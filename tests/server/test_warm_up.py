@@ -41,7 +41,7 @@ def test_every_number_of_rows_is_measured_and_said(tiny_checkpoint: Path) -> Non
     assert list(times.model) == list(times.guide) == [1, 2, 4, 8]
     assert not times.pads
     assert all(0 < seconds < 1 for seconds in times.model.values())
-    assert said[:3] == ["decoder, 1 rows", "model, 1 rows", "guide, 1 rows"]
+    assert said[:3] == [f"{name}, 1 rows (1 of 1)" for name in ("decoder", "model", "guide")]
 
 
 def test_buckets_that_do_not_fit_are_given_up(
