@@ -1,6 +1,6 @@
 """Our scheduler against batches of whole requests, simulated for GPUs and real on this CPU.
 
-    python benchmarks/scheduling.py [--simulate-only] [--json FILE] [--plot FILE]
+    python benchmarks/scheduling.py [--part engine] [--json FILE] [--plot FILE]
 
 Requests of one image: 10, 50 or 250 steps, guidance off, 1.5 or 3, a third each. The arms:
 
@@ -14,7 +14,7 @@ In the simulation step times are PREDICTED for an H200, not measured. Requests a
 70 % of what the request-level arm, and then ours, does when saturated; the first tenth of them does
 not count. An arm that is slower than they arrive has latencies that only grow.
 On the CPU the real engine runs the embedded digits, batches hold 64 rows, not images, and few
-requests make p95 coarse. About 15 minutes; 10 of them are the simulation of 64 GPUs.
+requests make p95 coarse: about 5 minutes. The simulation takes 15, 10 of them for 64 GPUs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -56,10 +57,11 @@ from rae.server.settings import EngineSettings
 
 OURS, THEIRS = "row-level", "request-level"
 GPUS = (1, 8, 64)
+PARTS = ("engine", "simulated")
 LOAD = 0.7
 SATURATED_PER_GPU = 1_000
 P95_GOAL, SATURATED_GOAL = 0.35, 1.0
-ENGINE_SATURATED, ENGINE_ARRIVING = 60, 100
+ENGINE_SATURATED, ENGINE_ARRIVING = 150, 150
 
 Figures = dict[str, Any]
 Run = Callable[[Sequence[ImageSpec], Sequence[float]], list[Ended]]
@@ -189,7 +191,8 @@ def measure_engine() -> Figures:
 def plot(figures: Figures, path: Path) -> None:
     """p95 by steps and arm: points, as bars would start nowhere on a logarithmic axis."""
     pyplot = import_module("matplotlib.pyplot")
-    panels = {f"{each['gpus']} GPUs, simulated": each for each in figures["simulated"]}
+    simulated = figures.get("simulated", ())
+    panels = {f"{each['gpus']} GPUs, simulated": each for each in simulated}
     if "cpu" in figures:
         panels["CPU, digits"] = figures["cpu"]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 4), squeeze=False)
@@ -205,20 +208,21 @@ def plot(figures: Figures, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--simulate-only", action="store_true", help="not the engine on this CPU")
+    parser.add_argument("--part", choices=PARTS, help="the engine on this CPU, or simulated GPUs")
     parser.add_argument("--json", type=Path, help="where to write the figures; else to stdout")
     parser.add_argument("--plot", type=Path, help="where to draw them; needs matplotlib")
     args = parser.parse_args()
     if args.plot is not None and find_spec("matplotlib") is None:
         sys.exit("scheduling: --plot needs matplotlib: pip install matplotlib")
-    figures: Figures = {
-        **machine(torch.device("cpu")),
-        "step times": "of an H200 with DiTDH-XL-256, PREDICTED, not measured",
-        "simulated": [simulate_gpus(gpus) for gpus in GPUS],
-        "simulated, AutoGuidance": simulate_gpus(1, method="autoguidance"),
-    }
-    if not args.simulate_only:
+    figures: Figures = machine(torch.device("cpu")) | {"load_average": os.getloadavg()}
+    if args.part != "simulated":
         figures["cpu"] = measure_engine()
+    if args.part != "engine":
+        figures |= {
+            "step times": "of an H200 with DiTDH-XL-256, PREDICTED, not measured",
+            "simulated": [simulate_gpus(gpus) for gpus in GPUS],
+            "simulated, AutoGuidance": simulate_gpus(1, method="autoguidance"),
+        }
     text = json.dumps(figures, indent=1) + "\n"
     if args.json is None:
         sys.stdout.write(text)
