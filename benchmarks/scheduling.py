@@ -14,7 +14,7 @@ In the simulation step times are PREDICTED for an H200, not measured. Requests a
 70 % of what the request-level arm, and then ours, does when saturated; the first tenth of them does
 not count. An arm that is slower than they arrive has latencies that only grow.
 On the CPU the real engine runs the embedded digits, batches hold 64 rows, not images, and few
-requests make p95 coarse: about 5 minutes. The simulation takes 15, 10 of them for 64 GPUs.
+requests make p95 coarse: about 5 minutes. The simulation takes as long, most of it for 64 GPUs.
 """
 
 from __future__ import annotations
