@@ -94,7 +94,7 @@ def prepare(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of the device's memory; on a CPU, of the machine's."""
+    """Of the device's memory; on a CPU half of the machine's is taken for free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -30,8 +30,7 @@ class Buckets:
 
     @classmethod
     def upto(cls, largest: int) -> Buckets:
-        """Powers of two and, from 16 on, the halves between them: a step is padded by at most a
-        third of its rows."""
+        """Powers of two and, from 16 to 192, the halves between them."""
         sizes = {size for size in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192) if size < largest}
         return cls(largest, tuple(sorted(sizes | {largest})))
 

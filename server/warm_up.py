@@ -47,11 +47,13 @@ def warm_up(runner: Runner, say: Say, before: StepTimes | None = None) -> StepTi
         runner.buckets = make_ready(guide.rows, runner.buckets, "guide", say, smallest)
         model.rows.keep(runner.buckets.sizes or ())
     exercise(runner, say)
-    before = before or StepTimes()
+    pads = runner.buckets.sizes is not None
+    if before is None or pads:  # every bucket is measured, and no other number is evaluated
+        before = StepTimes()
     return StepTimes(
         before.model | measure(model.rows, runner.buckets, say),
         before.guide | measure(guide.rows, runner.buckets, say) if guide is not None else {},
-        pads=runner.buckets.sizes is not None,
+        pads=pads,
     )
 
 

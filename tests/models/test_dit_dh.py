@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rae.models.config import DiTDHConfig
+from rae.models.checkpoint import load_checkpoint
 from rae.models.cpu import can_pack, pack
 from rae.models.dit_dh import Conditioning, DiTDH
 from rae.models.fused import fuse
 
-SMALL = DiTDHConfig(
-    latent_channels=32,
-    latent_size=4,
-    hidden_size=96,
-    depth=2,
-    num_heads=4,
-    head_hidden_size=128,
-    head_depth=2,
-    head_num_heads=2,
-    num_classes=4,
-)
 LAYERS = [
     "plain",
     pytest.param(
@@ -32,12 +23,8 @@ LAYERS = [
 ]
 
 
-def draw(layers: str, dtype: torch.dtype) -> DiTDH:
-    torch.manual_seed(0)
-    model = DiTDH(SMALL)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.eval().requires_grad_(False)
+def prepared(folder: Path, layers: str, dtype: torch.dtype) -> DiTDH:
+    model = load_checkpoint(folder).dit_dh
     if layers == "packed":
         pack(model, dtype)
     elif layers == "fused":
@@ -45,17 +32,20 @@ def draw(layers: str, dtype: torch.dtype) -> DiTDH:
     return model
 
 
-def inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    latents = torch.randn(batch, *SMALL.latent_shape)
-    return latents, torch.rand(batch), torch.randint(SMALL.num_classes + 1, (batch,))
+def inputs(model: DiTDH, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    latents = torch.randn(batch, *model.config.latent_shape)
+    return latents, torch.rand(batch), torch.randint(model.config.num_classes + 1, (batch,))
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("layers", LAYERS)
-def test_velocity_of_kept_rows_is_the_forward(layers: str, dtype: torch.dtype) -> None:
-    model = draw(layers, dtype)
-    latents, t, labels = inputs(5)
+def test_velocity_of_kept_rows_is_the_forward(
+    tiny_checkpoint: Path, layers: str, dtype: torch.dtype
+) -> None:
+    model = prepared(tiny_checkpoint, layers, dtype)
+    latents, t, labels = inputs(model, 5)
     latents, rows = latents[:3], torch.tensor([3, 0, 3])
     tokens = latents.flatten(2).transpose(1, 2)
     assert not tokens.is_contiguous()
@@ -65,16 +55,18 @@ def test_velocity_of_kept_rows_is_the_forward(layers: str, dtype: torch.dtype) -
         picked = Conditioning(kept.time[rows], kept.modulations[rows])
         velocity = model.velocity(tokens.contiguous(), picked)
         strided = model.velocity(tokens, picked)
-    assert kept.time.shape == (5, 96) and kept.modulations.shape == (5, 2, 6 * 96)
+    assert kept.time.shape == (5, 32) and kept.modulations.shape == (5, 2, 6 * 32)
     assert kept.time.dtype == kept.modulations.dtype == dtype
     assert velocity.is_contiguous() and velocity.equal(strided)
     assert velocity.transpose(1, 2).reshape(forward.shape).equal(forward)
     assert not velocity[0].equal(velocity[2])  # the same condition, other tokens
 
 
-def test_a_modulation_is_its_blocks_linear_of_the_condition_activated_twice() -> None:
-    model = draw("plain", torch.float32)
-    _, t, labels = inputs(5)
+def test_a_modulation_is_its_blocks_linear_of_the_condition_activated_twice(
+    tiny_checkpoint: Path,
+) -> None:
+    model = prepared(tiny_checkpoint, "plain", torch.float32)
+    _, t, labels = inputs(model, 5)
     conditioning = model.condition(t, labels)
     c = F.silu(F.silu(model.t_embedder(t) + model.y_embedder.embedding_table.weight[labels]))
     weights = model.state_dict()
@@ -84,7 +76,7 @@ def test_a_modulation_is_its_blocks_linear_of_the_condition_activated_twice() ->
         torch.testing.assert_close(modulation, expected)
 
 
-def test_gradients_reach_every_parameter() -> None:
-    model = draw("plain", torch.float32).train().requires_grad_(True)
-    model(*inputs(3)).square().mean().backward()
+def test_gradients_reach_every_parameter(tiny_checkpoint: Path) -> None:
+    model = prepared(tiny_checkpoint, "plain", torch.float32).train().requires_grad_(True)
+    model(*inputs(model, 3)).square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())

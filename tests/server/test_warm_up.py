@@ -92,6 +92,13 @@ def test_times_are_remembered(
         engine.close()
 
 
+def test_buckets_take_nothing_from_a_start_without_them(tiny_checkpoint: Path) -> None:
+    runner = make_runner(tiny_checkpoint, max_rows=8, deterministic=True)
+    before = StepTimes({1: 0.001, 8: 0.002}, {1: 0.001})
+    times = warm_up(runner, lambda _: None, before)
+    assert list(times.model) == list(times.guide) == [8], "one row takes the time of eight"
+
+
 def test_what_cannot_be_read_or_written_is_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "times.json"
     assert remembered(path).model == {}
