@@ -41,7 +41,7 @@ from forward import machine
 from PIL import Image
 from subjects import Served, cpu_seconds, find_checkpoint, serve
 
-from rae.models.checkpoint import read_config
+from rae.models.checkpoint_config import read_config
 from rae.server.request import ImageSpec
 from rae.server.settings import EngineSettings
 

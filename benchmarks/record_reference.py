@@ -21,17 +21,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rae.models.checkpoint import (
-    DECODER_FILE,
-    DIT_DH_FILE,
-    GUIDE_FILE,
-    STATISTICS,
+from rae.models.checkpoint import DECODER_FILE, DIT_DH_FILE, GUIDE_FILE, STATISTICS
+from rae.models.checkpoint_config import (
+    AutoencoderConfig,
+    CheckpointConfig,
+    CheckpointError,
     read_any_config,
 )
-from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
 from rae.models.config import DiTDHConfig
 from rae.models.sampling import draw_noise
-from rae.models.tensor_files import CheckpointError, read_fp32
+from rae.models.tensor_files import read_fp32
 
 SEEDS = (0, 1)
 TIMES = (0.35, 0.9)

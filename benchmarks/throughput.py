@@ -43,10 +43,10 @@ from forward import count, machine, matmuls
 from lanes import Lane, in_turns
 from subjects import find_checkpoint, serve
 
-from rae.models.checkpoint import read_config
-from rae.models.checkpoint_config import CheckpointConfig
+from rae.models.checkpoint_config import CheckpointConfig, read_config
 from rae.models.config import CONFIGS
-from rae.models.sampling import Guidance, timesteps
+from rae.models.guidance import Guidance
+from rae.models.sampling import timesteps
 from rae.server.devices import resolve_precision
 
 CACHE_OFF, CACHE_ON = {"conditioning_bytes": 0}, {"conditioning_bytes": 2**30}

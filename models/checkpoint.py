@@ -6,7 +6,6 @@ Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,13 +17,18 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError
 
-from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig, parse_config
+from rae.models.checkpoint_config import (
+    AutoencoderConfig,
+    CheckpointConfig,
+    CheckpointError,
+    read_any_config,
+    read_config,
+)
 from rae.models.config import DiTDHConfig
 from rae.models.dit_dh import DiTDH
 from rae.models.encoder import load_encoder
 from rae.models.rae import RAE
 from rae.models.tensor_files import (
-    CheckpointError,
     file_problem,
     file_sha256,
     load_strictly,
@@ -70,32 +74,6 @@ def networks(config: AutoencoderConfig) -> dict[str, str]:
         return {"decoder": DECODER_FILE}
     guide = {"guide": GUIDE_FILE} if config.guide else {}
     return {"dit_dh": DIT_DH_FILE, **guide, "decoder": DECODER_FILE}
-
-
-def read_config(folder: Path) -> tuple[CheckpointConfig, str]:
-    """The configuration of a checkpoint folder and its sha256. Raises CheckpointError."""
-    config, sha256 = read_any_config(folder)
-    if not isinstance(config, CheckpointConfig):
-        raise CheckpointError(
-            f"{folder} holds an autoencoder without a DiT^DH: `rae reconstruct` can use it, "
-            "nothing can be generated"
-        )
-    return config, sha256
-
-
-def read_any_config(folder: Path) -> tuple[AutoencoderConfig, str]:
-    """As `read_config`, also of a folder that holds no DiT^DH."""
-    path = folder / "config.json"
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} is not a checkpoint folder: no readable config.json"
-        ) from error
-    try:
-        return parse_config(data.decode()), hashlib.sha256(data).hexdigest()
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_checkpoint(

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import NoneType
 from typing import Any, Self
 
-from rae.models.config import DecoderConfig, DiTDHConfig, GuidanceMethod, from_dict, is_number
-from rae.models.encoder import EncoderConfig
-from rae.models.sampling import Guidance
+from rae.models.config import (
+    DecoderConfig,
+    DiTDHConfig,
+    EncoderConfig,
+    GuidanceMethod,
+    from_dict,
+    is_number,
+)
+from rae.models.guidance import Guidance
 
 FORMAT_VERSION = 2  # 2: fingerprints, folders without a DiT^DH, an encoder's name
 MAX_CFG = 100
@@ -26,6 +34,10 @@ JSON_TYPES = {
     **dict.fromkeys(("classes", "image_mean", "image_std"), ARRAY),
     **dict.fromkeys(("name", "source", "license"), STRING),
 }
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder, or a file for one, that cannot be used, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,3 +174,29 @@ def parse_config(text: str) -> AutoencoderConfig:
         raise ValueError(f"format_version {version!r}; this rae-server reads 1 to {FORMAT_VERSION}")
     has_dit_dh = values.keys() & {"dit_dh", "guide", "classes", "shift", "defaults"}
     return (CheckpointConfig if has_dit_dh else AutoencoderConfig).of_values(values)
+
+
+def read_config(folder: Path) -> tuple[CheckpointConfig, str]:
+    """The configuration of a checkpoint folder and its sha256. Raises CheckpointError."""
+    config, sha256 = read_any_config(folder)
+    if not isinstance(config, CheckpointConfig):
+        raise CheckpointError(
+            f"{folder} holds an autoencoder without a DiT^DH: `rae reconstruct` can use it, "
+            "nothing can be generated"
+        )
+    return config, sha256
+
+
+def read_any_config(folder: Path) -> tuple[AutoencoderConfig, str]:
+    """As `read_config`, also of a folder that holds no DiT^DH."""
+    path = folder / "config.json"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint folder: no readable config.json"
+        ) from error
+    try:
+        return parse_config(data.decode()), hashlib.sha256(data).hexdigest()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {error}") from error

@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, Literal, Self, TypeVar, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_args, get_type_hints
 
 GuidanceMethod = Literal["cfg", "autoguidance"]
 Solver = Literal["euler", "heun2", "midpoint"]
+EncoderKind = Literal["dinov2", "siglip2", "mae"]
 
 T = TypeVar("T")
 
@@ -168,6 +169,23 @@ class DecoderConfig:
             "decoder_intermediate_size": "intermediate_size",
         }
         return cls(**_known(cls, {names.get(key, key): value for key, value in params.items()}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """`image_size` is what the encoder sees: 224 for DINOv2/14 where the decoder makes 256;
+    `name` says which weights, as on the hub: facebook/dinov2-with-registers-base."""
+
+    kind: EncoderKind
+    image_size: int
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(EncoderKind):
+            raise ValueError(
+                f"encoder kind {self.kind!r}; known: {', '.join(get_args(EncoderKind))}"
+            )
+        require_types(self)
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:

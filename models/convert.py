@@ -25,20 +25,14 @@ from rae.models.checkpoint import (
     STATISTICS,
     write_config,
 )
-from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
+from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig, CheckpointError
 from rae.models.decoder import Decoder
 from rae.models.dit_dh import DiTDH
 from rae.models.labels import imagenet_classes
 from rae.models.pickled import is_legacy, read_state_dict
 from rae.models.published import Network, Published, RAEWeights
 from rae.models.staging import staging
-from rae.models.tensor_files import (
-    CheckpointError,
-    file_sha256,
-    matmul_weights,
-    require_match,
-    write_tensors,
-)
+from rae.models.tensor_files import file_sha256, matmul_weights, require_match, write_tensors
 from rae.models.verify import record_fingerprints
 
 StoredDtype = Literal["fp32", "bf16"]

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rae.models.checkpoint_config import CheckpointError
+from rae.models.config import EncoderConfig, EncoderKind
 from rae.models.embedders import sincos_2d
-from rae.models.encoder import EncoderConfig, EncoderKind
 from rae.models.published import (
     DECODER_FIELDS,
     IMAGENET_MEAN,
@@ -24,7 +25,7 @@ from rae.models.published import (
     RAEWeights,
     decoder_config,
 )
-from rae.models.tensor_files import CheckpointError, read_tensors
+from rae.models.tensor_files import read_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 EPS = 1e-5

@@ -9,19 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rae.models.config import require_types
+from rae.models.config import EncoderConfig, EncoderKind
 from rae.models.tensor_files import listed
-
-EncoderKind = Literal["dinov2", "siglip2", "mae"]
 
 # What transformers calls them; a published SigLIP2 is a whole SiglipModel, text tower and all.
 MODEL_TYPES: dict[EncoderKind, tuple[str, ...]] = {
@@ -29,23 +26,6 @@ MODEL_TYPES: dict[EncoderKind, tuple[str, ...]] = {
     "siglip2": ("siglip", "siglip_vision_model"),
     "mae": ("vit_mae",),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """`image_size` is what the encoder sees: 224 for DINOv2/14 where the decoder makes 256;
-    `name` says which weights, as on the hub: facebook/dinov2-with-registers-base."""
-
-    kind: EncoderKind
-    image_size: int
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(EncoderKind):
-            raise ValueError(
-                f"encoder kind {self.kind!r}; known: {', '.join(get_args(EncoderKind))}"
-            )
-        require_types(self)
 
 
 class Encoder(nn.Module):

@@ -10,20 +10,19 @@ from typing import Any
 
 import torch
 
-from rae.models.checkpoint import (
-    DECODER_FILE,
-    STATISTICS,
-    checked,
-    networks,
+from rae.models.checkpoint import DECODER_FILE, STATISTICS, checked, networks
+from rae.models.checkpoint_config import (
+    AutoencoderConfig,
+    CheckpointConfig,
+    CheckpointError,
     read_any_config,
 )
-from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
 from rae.models.config import DiTDHConfig
 from rae.models.published import NORMALISATION
 from rae.models.published_yaml import ENCODER_CLASSES
 from rae.models.sampling import SHIFT_BASE
 from rae.models.staging import staging
-from rae.models.tensor_files import CheckpointError, read_fp32
+from rae.models.tensor_files import read_fp32
 
 WEIGHTS = {"dit_dh": "dit_dh/stage2_model.pt", "guide": "guide/stage2_model.pt"}
 DECODER, STATS, YAML = "decoder/model.pt", "stat.pt", "config.yaml"

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from rae.models.cache import cache_folder
+from rae.models.checkpoint_config import CheckpointError
 from rae.models.convert import convert
 from rae.models.locks import held
 from rae.models.published import HUB_REPOSITORY, PRESETS, Autoencoder, Published
-from rae.models.tensor_files import CheckpointError
 
 HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+):(?P<preset>[\w.-]+)")
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rae.models.config import DiTDHConfig
 from rae.models.dit_dh import DiTDH
+from rae.models.guidance import Guidance
 from rae.models.rae import RAE
-from rae.models.sampling import Guidance, denoise, guided_velocity, timesteps
+from rae.models.sampling import denoise, guided_velocity, timesteps
 
 FORWARD_BOUND = 1e-5
 TRAJECTORY_BOUND = 1e-4

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rae.models.tensor_files import CheckpointError, read_tensors
+from rae.models.checkpoint_config import CheckpointError
+from rae.models.tensor_files import read_tensors
 
 GIT_LFS = b"version https://git-lfs"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled

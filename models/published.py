@@ -14,12 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rae.models.checkpoint_config import SamplerDefaults
-from rae.models.config import CONFIGS, DecoderConfig, DiTDHConfig
-from rae.models.encoder import EncoderConfig
+from rae.models.checkpoint_config import CheckpointError, SamplerDefaults
+from rae.models.config import CONFIGS, DecoderConfig, DiTDHConfig, EncoderConfig
 from rae.models.pickled import KINDS, read_pickled, read_state_dict, require_plain
 from rae.models.sampling import default_shift
-from rae.models.tensor_files import CheckpointError
 
 HUB_REPOSITORY = "nyu-visionx/RAE-collections"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -14,12 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rae.models.checkpoint_config import SamplerDefaults
-from rae.models.config import DiTDHConfig
-from rae.models.encoder import EncoderConfig
+from rae.models.checkpoint_config import CheckpointError, SamplerDefaults
+from rae.models.config import DiTDHConfig, EncoderConfig
 from rae.models.published import DECODER_FIELDS, Autoencoder, Network, Published
 from rae.models.sampling import SHIFT_BASE
-from rae.models.tensor_files import CheckpointError
 
 ENCODER_CLASSES = {"Dinov2withNorm": "dinov2", "SigLIP2wNorm": "siglip2", "MAEwNorm": "mae"}
 REQUIRED: Any = object()

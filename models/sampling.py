@@ -9,47 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rae.models.config import GuidanceMethod, Solver
+from rae.models.config import Solver
+from rae.models.guidance import Guidance
 
 VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(latents (B, C, H, W), t (B,), class_labels (B,)) -> velocity (B, C, H, W)."""
 
 SHIFT_BASE = 4096
 TAU_END = 0.001
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """v = v_weak + scale·(v − v_weak) where t is in the closed interval, else v.
-
-    v_weak is the null label's velocity ("cfg") or a weaker model's, the guide's, for the same
-    label ("autoguidance"). The interval is in shifted time. Scales of at most 1 turn it off.
-    """
-
-    scale: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
-    method: GuidanceMethod = "cfg"
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"guidance scale {self.scale} is not finite")
-        low, high = self.interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"guidance interval {self.interval} is not 0 <= low <= high <= 1")
-        if self.method not in get_args(GuidanceMethod):
-            raise ValueError(f"guidance method {self.method!r}; known: cfg, autoguidance")
-
-    def active(self, t: Tensor) -> Tensor:
-        """Whether guidance applies at t (B,), compared in fp32: (B,) bool."""
-        low, high = torch.tensor(self.interval, dtype=torch.float32, device=t.device)
-        return (t >= low) & (t <= high) & (self.scale > 1)
 
 
 def default_shift(latent_shape: Sequence[int]) -> float:

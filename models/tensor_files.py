@@ -11,12 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rae.models.checkpoint_config import CheckpointError
+
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 LISTED_PROBLEMS = 8
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder, or a file for one, that cannot be used, and why."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

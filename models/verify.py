@@ -22,17 +22,21 @@ from rae.models.checkpoint import (
     load_dit_dh,
     load_rae,
     networks,
-    read_any_config,
     write_config,
 )
-from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
+from rae.models.checkpoint_config import (
+    AutoencoderConfig,
+    CheckpointConfig,
+    CheckpointError,
+    read_any_config,
+)
 from rae.models.config import is_number
 from rae.models.dit_dh import DiTDH
 from rae.models.parity import FORWARD_BOUND, Result, compare_decoder, compare_dit_dh, relative_error
 from rae.models.rae import RAE
 from rae.models.reconstruct import as_images, drawn_picture, psnr_db, read_picture, reconstruct
 from rae.models.sampling import draw_noise
-from rae.models.tensor_files import SAFETENSORS_NAMES, CheckpointError, file_problem, read_tensors
+from rae.models.tensor_files import SAFETENSORS_NAMES, file_problem, read_tensors
 
 SEED = 0
 TIME = 0.5

@@ -35,7 +35,8 @@ from rae.server.schemas import (
     ModelInfo,
     request_body,
 )
-from rae.server.settings import ImageFormat, ServeSettings, server_version
+from rae.server.serve_settings import ServeSettings
+from rae.server.settings import ImageFormat, server_version
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 EXPOSED_HEADERS = ("X-Seed", "X-Request-Id", "X-Evaluations", "Server-Timing", "Retry-After")

@@ -15,7 +15,8 @@ import typer
 from rae.models import labels
 from rae.server.checkpoint_cli import checkpoints
 from rae.server.command_settings import ClassesSettings, GenerateSettings, SampleSettings
-from rae.server.settings import EngineSettings, ServeSettings, server_version, takes
+from rae.server.serve_settings import ServeSettings
+from rae.server.settings import EngineSettings, server_version, takes
 from rae.server.terminal import fail
 
 FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -157,7 +158,7 @@ def classes(settings: ClassesSettings) -> None:
 
 
 def classes_of(folder: Path) -> tuple[str, ...]:
-    from rae.models.checkpoint import read_config
+    from rae.models.checkpoint_config import read_config
 
     return read_config(folder)[0].classes
 

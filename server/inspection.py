@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rae.models.checkpoint import load_checkpoint, read_any_config
-from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
+from rae.models.checkpoint import load_checkpoint
+from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig, read_any_config
 from rae.server.limits import Limits
 from rae.server.schemas import ModelInfo
 

@@ -20,7 +20,8 @@ from rae.models.cache import cache_folder
 from rae.models.checkpoint import Checkpoint
 from rae.models.config import GuidanceMethod, Solver
 from rae.models.dit_dh import DiTDH
-from rae.models.sampling import Guidance, denoise, draw_noise, timesteps
+from rae.models.guidance import Guidance
+from rae.models.sampling import denoise, draw_noise, timesteps
 from rae.server.conditioning import ConditioningCache, bytes_per_row
 from rae.server.decoding import Decoding, ImageDecoder
 from rae.server.descriptors import RUN_AHEAD, Descriptors, to_device

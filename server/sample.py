@@ -22,7 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from rae.models.checkpoint import Checkpoint, load_checkpoint, read_config
+from rae.models.checkpoint import Checkpoint, load_checkpoint
+from rae.models.checkpoint_config import read_config
 from rae.models.staging import require_empty, staging
 from rae.server.command_settings import SampleSettings
 from rae.server.decoding import NonFiniteError

@@ -16,7 +16,7 @@ from rae.models.checkpoint import load_checkpoint
 from rae.server.app import create_app
 from rae.server.engine import Engine
 from rae.server.metrics import Metrics
-from rae.server.settings import ServeSettings
+from rae.server.serve_settings import ServeSettings
 
 log = logging.getLogger(__name__)
 

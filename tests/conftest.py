@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rae.models.checkpoint import read_config, save_checkpoint, write_config
-from rae.models.checkpoint_config import CheckpointConfig, SamplerDefaults
-from rae.models.config import DecoderConfig, DiTDHConfig
+from rae.models.checkpoint import save_checkpoint, write_config
+from rae.models.checkpoint_config import CheckpointConfig, SamplerDefaults, read_config
+from rae.models.config import DecoderConfig, DiTDHConfig, EncoderConfig
 from rae.models.dit_dh import DiTDH
-from rae.models.encoder import EncoderConfig
 from rae.models.published import NORMALISATION
 from rae.models.rae import RAE
 

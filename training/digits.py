@@ -16,12 +16,12 @@ from transformers import ViTMAEConfig
 
 from rae.models.checkpoint import Checkpoint, save_checkpoint
 from rae.models.checkpoint_config import CheckpointConfig, SamplerDefaults
-from rae.models.config import DecoderConfig, DiTDHConfig
+from rae.models.config import DecoderConfig, DiTDHConfig, EncoderConfig
 from rae.models.decoder import Decoder
 from rae.models.dit_dh import DiTDH
-from rae.models.encoder import Encoder, EncoderConfig
+from rae.models.encoder import Encoder
+from rae.models.guidance import Guidance
 from rae.models.rae import RAE
-from rae.models.sampling import Guidance
 from rae.models.verify import record_fingerprints
 from rae.training.data import (
     CLASS_NAMES,

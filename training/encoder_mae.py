@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from rae.models.config import EncoderConfig
 from rae.models.embedders import sincos_2d
-from rae.models.encoder import Encoder, EncoderConfig
+from rae.models.encoder import Encoder
 from rae.training.data import Digits, random_transforms, render
 from rae.training.loop import OnStep, Plan, fit
 

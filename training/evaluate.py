@@ -17,8 +17,9 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from rae.models.checkpoint import Checkpoint
+from rae.models.guidance import Guidance
 from rae.models.rae import RAE
-from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
+from rae.models.sampling import denoise, draw_noise, timesteps, to_uint8
 from rae.training.data import CLASS_NAMES, IMAGE_SIZE, Digits, render, split_digits, to_scans
 
 SVC_GAMMA = 0.001

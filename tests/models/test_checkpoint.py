@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rae.models.checkpoint import load_checkpoint, read_config, save_checkpoint
-from rae.models.checkpoint_config import parse_config
+from rae.models.checkpoint import load_checkpoint, save_checkpoint
+from rae.models.checkpoint_config import CheckpointError, parse_config, read_config
 from rae.models.sampling import draw_noise
-from rae.models.tensor_files import CheckpointError, file_sha256
+from rae.models.tensor_files import file_sha256
 
 
 @pytest.fixture

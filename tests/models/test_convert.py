@@ -16,16 +16,17 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rae.models.checkpoint import load_autoencoder, load_checkpoint, load_rae, read_config
-from rae.models.checkpoint_config import SamplerDefaults
+from rae.models.checkpoint import load_autoencoder, load_checkpoint, load_rae
+from rae.models.checkpoint_config import CheckpointError, SamplerDefaults, read_config
 from rae.models.convert import convert
 from rae.models.dit_dh import DiTDH
 from rae.models.export import export
+from rae.models.guidance import Guidance
 from rae.models.labels import imagenet_classes
 from rae.models.published import Published
 from rae.models.published_yaml import read_yaml
-from rae.models.sampling import Guidance, denoise, draw_noise, timesteps
-from rae.models.tensor_files import CheckpointError, read_tensors
+from rae.models.sampling import denoise, draw_noise, timesteps
+from rae.models.tensor_files import read_tensors
 
 if TYPE_CHECKING:
     from tests.models.conftest import AuthorsFolder

@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import SiglipVisionModel
 
 from rae.models.checkpoint import load_autoencoder, load_rae
+from rae.models.checkpoint_config import CheckpointError
+from rae.models.config import EncoderKind
 from rae.models.convert import convert
 from rae.models.diffusers_rae import DiffusersAutoencoder
-from rae.models.encoder import EncoderKind
 from rae.models.published import Published
-from rae.models.tensor_files import CheckpointError
 
 PATCHES = {"dinov2": 14, "siglip2": 16, "mae": 16}
 

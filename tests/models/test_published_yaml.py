@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from rae.models.checkpoint_config import SamplerDefaults
+from rae.models.checkpoint_config import CheckpointError, SamplerDefaults
 from rae.models.config import CONFIGS
 from rae.models.hub import below
 from rae.models.published import PRESETS, Autoencoder
 from rae.models.published_yaml import read_yaml
-from rae.models.tensor_files import CheckpointError
 
 if TYPE_CHECKING:
     from tests.models.conftest import AuthorsFolder

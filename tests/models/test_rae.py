@@ -12,8 +12,8 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rae.models.config import DecoderConfig
-from rae.models.encoder import EncoderConfig, EncoderKind, load_encoder
+from rae.models.config import DecoderConfig, EncoderConfig, EncoderKind
+from rae.models.encoder import load_encoder
 from rae.models.rae import RAE
 
 SIZES: dict[str, Any] = {

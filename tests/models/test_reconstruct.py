@@ -15,10 +15,10 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
-from rae.models.checkpoint import load_autoencoder, read_any_config, write_config
-from rae.models.checkpoint_config import AutoencoderConfig
-from rae.models.config import DecoderConfig
-from rae.models.encoder import EncoderConfig, EncoderKind, load_encoder
+from rae.models.checkpoint import load_autoencoder, write_config
+from rae.models.checkpoint_config import AutoencoderConfig, CheckpointError, read_any_config
+from rae.models.config import DecoderConfig, EncoderConfig, EncoderKind
+from rae.models.encoder import load_encoder
 from rae.models.rae import RAE
 from rae.models.reconstruct import (
     center_crop,
@@ -28,7 +28,7 @@ from rae.models.reconstruct import (
     reconstruct,
     side_by_side,
 )
-from rae.models.tensor_files import CheckpointError, write_tensors
+from rae.models.tensor_files import write_tensors
 
 DIGITS = Path(__file__).parents[2] / "models" / "digits"
 SIZES: dict[str, Any] = {

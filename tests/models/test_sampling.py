@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rae.models.config import CONFIGS
+from rae.models.guidance import Guidance
 from rae.models.sampling import (
-    Guidance,
     default_shift,
     denoise,
     draw_noise,

@@ -14,13 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rae.models.checkpoint import load_checkpoint
-from rae.models.tensor_files import (
-    CheckpointError,
-    file_sha256,
-    read_tensors,
-    require_match,
-    write_tensors,
-)
+from rae.models.checkpoint_config import CheckpointError
+from rae.models.tensor_files import file_sha256, read_tensors, require_match, write_tensors
 
 
 def some_tensors() -> dict[str, Tensor]:

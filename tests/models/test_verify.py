@@ -14,10 +14,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rae.models.checkpoint import load_dit_dh, read_any_config, read_config, write_config
-from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig
+from rae.models.checkpoint import load_dit_dh, write_config
+from rae.models.checkpoint_config import (
+    AutoencoderConfig,
+    CheckpointConfig,
+    CheckpointError,
+    read_any_config,
+    read_config,
+)
 from rae.models.config import DecoderConfig, DiTDHConfig
-from rae.models.tensor_files import CheckpointError, file_sha256, matmul_weights, write_tensors
+from rae.models.tensor_files import file_sha256, matmul_weights, write_tensors
 from rae.models.verify import (
     BOUNDS,
     fingerprint,

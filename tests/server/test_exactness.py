@@ -19,7 +19,8 @@ from torch import Tensor
 
 from rae.models.checkpoint import Checkpoint, load_checkpoint
 from rae.models.config import GuidanceMethod
-from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
+from rae.models.guidance import Guidance
+from rae.models.sampling import denoise, draw_noise, timesteps, to_uint8
 from rae.server.devices import prepare
 from rae.server.engine import Engine
 from rae.server.errors import DeadlineError

@@ -16,7 +16,8 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from rae.models.checkpoint import load_checkpoint
-from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
+from rae.models.guidance import Guidance
+from rae.models.sampling import denoise, draw_noise, timesteps, to_uint8
 from rae.server.generate import accepts_image
 
 EXIF_IMAGE_DESCRIPTION = 270

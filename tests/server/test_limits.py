@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rae.models.checkpoint import read_config
-from rae.models.checkpoint_config import SamplerDefaults
+from rae.models.checkpoint_config import SamplerDefaults, read_config
 from rae.server.errors import InvalidRequestError
 from rae.server.limits import Limits, shown
 from rae.server.schemas import read_request, request_body

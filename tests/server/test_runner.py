@@ -12,7 +12,8 @@ import torch
 from rae.models.checkpoint import Checkpoint, load_checkpoint
 from rae.models.config import GuidanceMethod, Solver
 from rae.models.cpu import can_pack
-from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
+from rae.models.guidance import Guidance
+from rae.models.sampling import denoise, draw_noise, timesteps, to_uint8
 from rae.server.decoding import NonFiniteError
 from rae.server.devices import prepare, resolve_device, resolve_precision
 from rae.server.request import ImageSpec

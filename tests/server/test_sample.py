@@ -25,9 +25,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from rae.models.checkpoint import load_checkpoint, read_config, write_config
+from rae.models.checkpoint import load_checkpoint, write_config
+from rae.models.checkpoint_config import read_config
 from rae.models.config import GuidanceMethod, Solver
-from rae.models.sampling import Guidance, denoise, draw_noise, timesteps, to_uint8
+from rae.models.guidance import Guidance
+from rae.models.sampling import denoise, draw_noise, timesteps, to_uint8
 from rae.server import partial
 from rae.server.cli import app
 from rae.server.command_settings import SampleSettings

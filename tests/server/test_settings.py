@@ -9,9 +9,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from rae.server.serve_settings import ServeSettings
 from rae.server.settings import (
     EngineSettings,
-    ServeSettings,
     embedded_model,
     takes,
 )

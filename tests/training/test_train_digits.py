@@ -14,7 +14,8 @@ from rich.progress import Progress
 from typer.testing import CliRunner
 
 from rae.models import checkpoint
-from rae.models.checkpoint import load_checkpoint, read_config
+from rae.models.checkpoint import load_checkpoint
+from rae.models.checkpoint_config import read_config
 from rae.models.config import DiTDHConfig
 from rae.models.dit_dh import DiTDH
 from rae.models.tensor_files import file_sha256

@@ -1,0 +1,79 @@
+"""The settings of `rae serve`, of which each is a flag and an environment variable too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import typer
+
+from rae.server.settings import EngineSettings
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+HTTP, LIMITS = "HTTP", "Limits of one request"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(EngineSettings):
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on; 0.0.0.0 lets other machines in.",
+            envvar="RAE_HOST",
+            rich_help_panel=HTTP,
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[
+        int,
+        typer.Option(
+            help="Port to listen on; 0 takes a free one.",
+            envvar="RAE_PORT",
+            min=0,
+            max=65535,
+            rich_help_panel=HTTP,
+        ),
+    ] = 8000
+    root_path: Annotated[
+        str,
+        typer.Option(
+            help="Prefix that a proxy puts before the paths and takes off, as /rae.",
+            envvar="RAE_ROOT_PATH",
+            rich_help_panel=HTTP,
+        ),
+    ] = ""
+    cors_origins: Annotated[
+        str,
+        typer.Option(
+            help="Origins whose pages may call, separated by commas; * for all.",
+            envvar="RAE_CORS_ORIGINS",
+            rich_help_panel=HTTP,
+        ),
+    ] = ""
+    log_level: Annotated[
+        LogLevel,
+        typer.Option(
+            help="Requests are logged at info.", envvar="RAE_LOG_LEVEL", rich_help_panel=HTTP
+        ),
+    ] = "info"
+    max_steps: Annotated[
+        int,
+        typer.Option(help="Largest steps.", envvar="RAE_MAX_STEPS", min=2, rich_help_panel=LIMITS),
+    ] = 1000
+    max_images: Annotated[
+        int,
+        typer.Option(help="Largest n.", envvar="RAE_MAX_IMAGES", min=1, rich_help_panel=LIMITS),
+    ] = 64
+    max_body_bytes: Annotated[
+        int,
+        typer.Option(
+            help="Largest body, in bytes.",
+            envvar="RAE_MAX_BODY_BYTES",
+            min=2,
+            rich_help_panel=LIMITS,
+        ),
+    ] = 65_536
+
+    @property
+    def allowed_origins(self) -> list[str]:
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
