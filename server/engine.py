@@ -23,7 +23,7 @@ from rae.server.warm_up import remember, remembered, step_times_file, warm_up
 if TYPE_CHECKING:
     import numpy as np
 
-    from rae.server.metrics import Metrics
+    from rae.server.metrics import Observer
     from rae.server.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Engine:
         self,
         checkpoint: Checkpoint,
         settings: EngineSettings,
-        metrics: Metrics,
+        observer: Observer,
         *,
         make_scheduler: MakeScheduler = Scheduler,
     ) -> None:
@@ -68,7 +68,7 @@ class Engine:
         self.ready = False
         self.failure: str | None = None
         self.progress = "the model is warming up"
-        self._metrics = metrics
+        self._observer = observer
         self._scheduler = make_scheduler(self._runner.num_slots, settings.max_batch, StepTimes())
         self._wake = threading.Condition()
         self._closing = False
@@ -187,12 +187,12 @@ class Engine:
         self._runner.step([(sample.slot, sample.step) for sample in samples])
         with self._wake:
             denoised = self._scheduler.advance(samples)
-        self._metrics.rows_evaluated.inc(cost - sum(sample.remaining_cost for sample in samples))
+        self._observer.evaluated(cost - sum(sample.remaining_cost for sample in samples), saved=0)
         self._decode([sample for sample in denoised if not sample.request.future.cancelled()])
 
     def _observe(self, timing: StepTiming | None) -> None:
         if timing is not None:
-            self._metrics.step_seconds.observe(timing.seconds)
+            self._observer.stepped(timing.model_rows, timing.seconds)
             with self._wake:
                 self._scheduler.step_times.observe(*timing)
 
@@ -209,7 +209,7 @@ class Engine:
             self._runner.start(sample.slot, sample.spec)
             if not sample.request.started_at:
                 sample.request.started_at = now
-                self._metrics.queue_seconds.observe(now - sample.request.submitted_at)
+                self._observer.queued(now - sample.request.submitted_at)
 
     def _decode(self, samples: Sequence[Sample]) -> None:
         if not samples:
@@ -243,7 +243,7 @@ class Engine:
         self, samples: Sequence[Sample], images: Sequence[np.ndarray], started: float
     ) -> None:
         now = time.perf_counter()
-        self._metrics.decode_seconds.observe(now - started)
+        self._observer.decoded(len(samples), now - started)
         for sample, image in zip(samples, images, strict=True):
             sample.image = image
         for request in dict.fromkeys(sample.request for sample in samples):
@@ -254,8 +254,7 @@ class Engine:
                     denoise_s=started - request.started_at,
                     decode_s=now - started,
                 )
-                if self._end(request, generated):
-                    self._metrics.images.inc(len(request.samples))
+                self._end(request, generated)
 
     def _loop(self) -> None:
         try:
@@ -306,15 +305,14 @@ class Engine:
         for request in requests:
             self._end(request, error)
 
-    def _end(self, request: Request, result: Generated | BaseException) -> bool:
-        """Resolve a request, by the engine's thread or the receiver's; False for one that has
-        ended already, or was cancelled."""
+    def _end(self, request: Request, result: Generated | BaseException) -> None:
+        """Resolve a request, by the engine's thread or the receiver's, that has not ended already
+        and was not cancelled."""
         with self._wake:
             future = request.future
             if future.done() or not future.set_running_or_notify_cancel():
-                return False
+                return
             if isinstance(result, Generated):
                 future.set_result(result)
             else:
                 future.set_exception(result)
-            return True

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -14,6 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from rae.server.metrics import Outcome
+
+FailureReason = Literal["step", "decode", "encode", "non_finite", "out_of_memory"]
 
 DRAIN_S = 30.0
 
@@ -44,6 +46,16 @@ class ApiError(Exception):
     @property
     def details(self) -> Sequence[Detail]:
         return ()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # A worker process sends them; BaseException would call __init__ with the message.
+        return _restore, (type(self), self.args, vars(self))
+
+
+def _restore(kind: type[ApiError], args: tuple[object, ...], state: dict[str, object]) -> ApiError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
 
 
 class MalformedBodyError(ApiError):
@@ -130,6 +142,16 @@ class EngineClosedError(ApiError):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down")
+
+
+class GenerationError(ApiError):
+    """The images of one accepted request could not be made; nobody else is touched."""
+
+    status, type, outcome = 500, "generation_failed", "failed"
+
+    def __init__(self, reason: FailureReason, message: str) -> None:
+        self.reason: FailureReason = reason
+        super().__init__(message)
 
 
 class DrainingResponse(JSONResponse):

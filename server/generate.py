@@ -71,6 +71,7 @@ class Generate:
         files = await encode_all(generated, descriptions, asked.image_format)
         encode_s = time.perf_counter() - started
         self.metrics.encode_seconds.observe(encode_s)
+        self.metrics.images.inc(len(files))
         timings_ms = {
             "queue": 1000 * generated.queue_s,
             "denoise": 1000 * generated.denoise_s,

@@ -37,6 +37,26 @@ class Watched(Protocol):
     def queued_cost(self) -> float: ...
 
 
+class Observer(Protocol):
+    """What an engine tells of its work: `Metrics` counts it, a worker process sends it on."""
+
+    def queued(self, seconds: float) -> None:
+        """A request had its first slot so long after it was submitted."""
+        ...
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        """A step is over, of so many rows of the model, pads not counted."""
+        ...
+
+    def evaluated(self, rows: float, saved: float) -> None:
+        """Rows that a step evaluates, and those that both branches at every time would add."""
+        ...
+
+    def decoded(self, images: int, seconds: float) -> None:
+        """A batch of latents has become pixels."""
+        ...
+
+
 class Metrics:
     content_type = CONTENT_TYPE_LATEST
 
@@ -85,6 +105,18 @@ class Metrics:
         }
         build = Gauge("rae_build_info", "What runs; always 1.", [*labels], registry=self.registry)
         build.labels(**labels).set(1)
+
+    def queued(self, seconds: float) -> None:
+        self.queue_seconds.observe(seconds)
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        self.step_seconds.observe(seconds)
+
+    def evaluated(self, rows: float, saved: float) -> None:
+        self.rows_evaluated.inc(rows)
+
+    def decoded(self, images: int, seconds: float) -> None:
+        self.decode_seconds.observe(seconds)
 
     def count(self, outcome: Outcome) -> None:
         self.requests.labels(outcome).inc()
