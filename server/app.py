@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import platform
 import re
 import uuid
@@ -18,21 +17,21 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rae.models import labels
-from rae.models.checkpoint import Checkpoint
+from rae.models.checkpoint_config import CheckpointConfig
 from rae.server import errors
-from rae.server.engine import Engine
 from rae.server.generate import Generate
 from rae.server.images import mime_type
 from rae.server.limits import Limits
 from rae.server.metrics import Metrics
+from rae.server.pool import Pool
 from rae.server.schemas import (
     ClassItem,
     ErrorResponse,
     GenerateResponse,
     Health,
     Info,
-    KernelInfo,
     ModelInfo,
+    WorkerInfo,
     request_body,
 )
 from rae.server.serve_settings import ServeSettings
@@ -47,15 +46,15 @@ SUMMARY = (
 
 
 def create_app(
-    engine: Engine, checkpoint: Checkpoint, metrics: Metrics, settings: ServeSettings
+    pool: Pool, config: CheckpointConfig, sha256: str, metrics: Metrics, settings: ServeSettings
 ) -> FastAPI:
-    """The app; its lifespan starts and closes the engine."""
+    """The app for the checkpoint that `pool` serves; its lifespan starts and closes the pool."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engine.start()
+        await pool.start()
         yield
-        await asyncio.to_thread(engine.close)
+        await pool.close()
 
     app = FastAPI(
         title="rae-server",
@@ -68,12 +67,12 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )
     errors.add_error_handlers(app)
-    add_routes(app, Service(engine, checkpoint, metrics, settings))
+    add_routes(app, Service(pool, config, sha256, metrics, settings))
     return app
 
 
@@ -107,7 +106,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
             errors.MediaTypeError,
             errors.InvalidRequestError,
             errors.QueueFullError,
-            errors.EngineClosedError,
+            errors.GenerationError,
+            errors.NotReadyError,
             errors.DeadlineError,
         )
     }
@@ -124,6 +124,13 @@ def add_routes(app: FastAPI, service: Service) -> None:
         response_class=JSONResponse,
         responses={200: images_or_json, **refusals},
         openapi_extra={"requestBody": request_body(service.limits)},
+    )
+    app.add_api_route(
+        "/requests/{request_id}",
+        service.generate.cancel,
+        methods=["DELETE"],
+        responses={404: {"model": ErrorResponse}},
+        summary="Cancel what waits or runs under an X-Request-Id",
     )
     app.add_api_route("/classes", service.classes, summary="The classes, or those that match")
     app.add_api_route("/info", service.get_info, summary="What runs here")
@@ -150,36 +157,36 @@ class Service:
     """What the routes share, and what they do."""
 
     def __init__(
-        self, engine: Engine, checkpoint: Checkpoint, metrics: Metrics, settings: ServeSettings
+        self,
+        pool: Pool,
+        config: CheckpointConfig,
+        sha256: str,
+        metrics: Metrics,
+        settings: ServeSettings,
     ) -> None:
-        self.engine, self.metrics = engine, metrics
+        self.pool, self.metrics = pool, metrics
         self.limits = Limits.of(
-            checkpoint.config, max_steps=settings.max_steps, max_images=settings.max_images
+            config, max_steps=settings.max_steps, max_images=settings.max_images
         )
-        self.generate = Generate(engine, checkpoint, metrics, self.limits, settings.max_body_bytes)
+        self.generate = Generate(
+            pool, config, sha256, metrics, self.limits, settings.max_body_bytes
+        )
         self.info = Info(
             version=server_version(),
             torch=version("torch"),
             python=platform.python_version(),
-            device=engine.device,
-            precision=engine.precision,
+            kernels=settings.kernels,
+            attention=settings.attention,
             deterministic=settings.deterministic,
-            kernels=KernelInfo(
-                kernels=settings.kernels,
-                attention=settings.attention,
-                compiled=engine.compiles,
-                layers=engine.layers,
-                implementations={},
-            ),
             limits={
                 "max_steps": settings.max_steps,
                 "max_images": settings.max_images,
                 "max_body_bytes": settings.max_body_bytes,
                 "max_batch": settings.max_batch,
-                "max_slots": engine.num_slots,
                 "max_queue": settings.max_queue,
             },
-            model=ModelInfo.of(checkpoint, self.limits),
+            model=ModelInfo.of(config, sha256, {}, self.limits.methods),
+            workers=[],
         )
 
     def classes(
@@ -190,14 +197,16 @@ class Service:
         return [ClassItem(class_id=i, name=names[i]) for i in labels.search(names, search)]
 
     def get_info(self) -> Info:
-        self.info.kernels.implementations = self.engine.implementations
+        facts = self.pool.facts
+        self.info.model.parameters = dict(facts.num_parameters) if facts else {}
+        self.info.workers = [WorkerInfo.of(worker) for worker in self.pool.workers]
         return self.info
 
     def ready(self, response: Response) -> Health:
-        if self.engine.ready:
+        if self.pool.ready:
             return Health(status="ok")
         response.status_code = 503
-        return Health(status="not ready", reasons=[self.engine.failure or self.engine.progress])
+        return Health(status="not ready", reasons=self.pool.reasons)
 
     def scrape(self) -> Response:
         return Response(self.metrics.render(), headers={"content-type": self.metrics.content_type})

@@ -17,6 +17,7 @@ from rae.server.checkpoint_cli import checkpoints
 from rae.server.command_settings import ClassesSettings, GenerateSettings, SampleSettings
 from rae.server.serve_settings import ServeSettings
 from rae.server.settings import EngineSettings, server_version, takes
+from rae.server.stopping import Stopping
 from rae.server.terminal import fail
 
 FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -57,13 +58,14 @@ def root(
 @takes(ServeSettings)
 def serve(settings: ServeSettings) -> None:
     """Serve a checkpoint over HTTP: POST /generate, docs at /docs."""
+    stopping = Stopping()
     from rae.server.serve import prepare
 
     try:
         server = prepare(settings, typer.echo)
     except (ValueError, OSError) as error:
         fail(str(error))
-    failure = server.serve_until_stopped()
+    failure = server.serve_until_stopped(stopping)
     if failure:
         fail(failure)
 
@@ -103,7 +105,7 @@ def generate(settings: GenerateSettings) -> None:
         finally:
             engine.close()
         for spec, image in zip(specs, images, strict=True):
-            description = describe(spec, checkpoint, engine.precision)
+            description = describe(spec, checkpoint.config, checkpoint.sha256, engine.precision)
             path = settings.out / f"{file_stem(description)}.{settings.format}"
             path.write_bytes(encode(image, settings.format, description))
             typer.echo(f"{path} (seed {spec.seed})")

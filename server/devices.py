@@ -44,6 +44,17 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
     return torch.device(name)
 
 
+def visible_devices(name: str) -> int:
+    """Of the kind that `resolve_device` finds. Raises ValueError as that does."""
+    return torch.cuda.device_count() if resolve_device(name).type == "cuda" else 1
+
+
+def share_cores(num_processes: int) -> None:
+    """Leave the other processes of this machine their share of its cores."""
+    if num_processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // num_processes))
+
+
 def resolve_precision(name: str, device: torch.device) -> tuple[str, torch.dtype]:
     """The precision's name and its matmuls' dtype; "auto" is bf16 where the device multiplies it
     faster than fp32. Raises ValueError for another name, and for tf32 elsewhere than on CUDA."""

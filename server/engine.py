@@ -46,9 +46,10 @@ class Engine:
         settings: EngineSettings,
         observer: Observer,
         *,
+        local_rank: int | None = None,
         make_scheduler: MakeScheduler = Scheduler,
     ) -> None:
-        device = resolve_device(settings.device)
+        device = resolve_device(settings.device, local_rank)
         megabytes = settings.conditioning_mb
         options = RunnerOptions(
             max_rows=settings.max_batch,
@@ -110,6 +111,18 @@ class Engine:
         with self._wake:
             return self._scheduler.cost
 
+    @property
+    def max_rows(self) -> int:
+        return self._scheduler.max_rows
+
+    def activity(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+    def load(self) -> tuple[float, float]:
+        with self._wake:
+            cost = self._scheduler.cost
+            return self._scheduler.drain_s(cost), self._scheduler.step_times.rate(self.max_rows)
+
     def start(self) -> None:
         self._thread.start()
 
@@ -135,6 +148,8 @@ class Engine:
         weight: float = 1.0,
         priority: Priority = "normal",
         deadline_s: float = math.inf,
+        bounded: bool = True,
+        on_start: Callable[[], None] | None = None,
     ) -> Request:
         """Queue the images of one request; cancel it by cancelling its future.
 
@@ -151,13 +166,14 @@ class Engine:
             submitted_at=now,
             deadline=now + deadline_s,
         )
+        request.on_start = on_start
         request.samples = [Sample(spec, request, self._runner.plan(spec)) for spec in specs]
         cost = sum(sample.remaining_cost for sample in request.samples)
         with self._wake:
             if self._closing:
                 raise EngineClosedError
             queued = self._scheduler.cost
-            if queued and queued + cost > self.max_queue:
+            if bounded and queued and queued + cost > self.max_queue:
                 excess = min(queued + cost - self.max_queue, queued)
                 wait_s = max(1.0, self._scheduler.drain_s(excess))
                 raise QueueFullError(wait_s, cost, queued, self.max_queue)
@@ -206,6 +222,8 @@ class Engine:
     def _place(self, samples: Iterable[Sample]) -> None:
         now = time.perf_counter()
         for sample in samples:
+            if not sample.request.started_at and sample.request.on_start:
+                sample.request.on_start()
             self._runner.start(sample.slot, sample.spec)
             if not sample.request.started_at:
                 sample.request.started_at = now

@@ -144,6 +144,44 @@ class EngineClosedError(ApiError):
         super().__init__("the server is shutting down")
 
 
+class NotReadyError(ApiError):
+    """No worker is ready, for these reasons."""
+
+    status, type, outcome = 503, "not_ready", "failed"
+
+    def __init__(self, reasons: Sequence[str], retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"the server is not ready: {'; '.join(reasons)}")
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"retry-after": str(math.ceil(self.retry_after_s))}
+
+
+class WorkerDiedError(ApiError):
+    """The worker of a request died, and it is not tried again."""
+
+    status, type, outcome = 503, "worker_died", "failed"
+
+    def __init__(self, deaths: int) -> None:
+        times = "once" if deaths == 1 else f"{deaths} times"
+        super().__init__(f"a worker that had this request died, {times}; it is not tried again")
+
+
+class RequestCancelledError(ApiError):
+    status, type, outcome = 499, "cancelled", "cancelled"
+
+    def __init__(self) -> None:
+        super().__init__("the request was cancelled by DELETE /requests/{id}")
+
+
+class NoRequestError(ApiError):
+    status, type = 404, "not_found"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"no request {request_id!r} waits or runs")
+
+
 class GenerationError(ApiError):
     """The images of one accepted request could not be made; nobody else is touched."""
 

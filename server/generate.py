@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import re
 import time
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
-from rae.models.checkpoint import Checkpoint
+from rae.models.checkpoint_config import CheckpointConfig
 from rae.server import errors
-from rae.server.engine import Engine
 from rae.server.images import describe, encode, mime_type
-from rae.server.limits import Limits, shown
+from rae.server.limits import Limits, clean, shown
 from rae.server.metrics import Metrics, Outcome
+from rae.server.pool import Pool
 from rae.server.request import Generated, ImageSpec
 from rae.server.schemas import (
+    Cancelled,
     GeneratedImage,
     GenerateRequest,
     GenerateResponse,
     parse_request,
 )
 from rae.server.settings import ImageFormat
+
+log = logging.getLogger(__name__)
 
 QUALITY = re.compile(r"q=[01](\.\d*)?")
 
@@ -36,14 +41,16 @@ class Generate:
 
     def __init__(
         self,
-        engine: Engine,
-        checkpoint: Checkpoint,
+        pool: Pool,
+        config: CheckpointConfig,
+        sha256: str,
         metrics: Metrics,
         limits: Limits,
         max_body_bytes: int,
     ) -> None:
-        self.engine, self.checkpoint, self.metrics = engine, checkpoint, metrics
+        self.pool, self.config, self.sha256, self.metrics = pool, config, sha256, metrics
         self.limits, self.max_body_bytes = limits, max_body_bytes
+        self._running: dict[str, set[asyncio.Task[Generated]]] = {}
 
     async def respond(self, http: Request) -> Response:
         outcome: Outcome = "failed"
@@ -67,7 +74,7 @@ class Generate:
         specs = asked.specs(self.limits)
         generated = await self._run(specs, asked, http)
         started = time.perf_counter()
-        descriptions = [describe(spec, self.checkpoint, self.engine.precision) for spec in specs]
+        descriptions = self._describe(specs)
         files = await encode_all(generated, descriptions, asked.image_format)
         encode_s = time.perf_counter() - started
         self.metrics.encode_seconds.observe(encode_s)
@@ -86,8 +93,27 @@ class Generate:
         mime = mime_type(asked.image_format)
         if len(files) == 1 and accepts_image(http.headers.get("accept")):
             return Response(files[0], media_type=mime, headers=headers)
-        answer = GenerateResponse(
-            request_id=http.state.request_id,
+        answer = partial(self._json, http.state.request_id, specs, files, mime, timings_ms)
+        # 64 images of 256 px are 8 MB of text: others' requests go on meanwhile.
+        text = await asyncio.to_thread(answer)
+        return Response(text, media_type="application/json", headers=headers)
+
+    def _describe(self, specs: Sequence[ImageSpec]) -> list[dict[str, Any]]:
+        assert self.pool.facts is not None
+        precision = self.pool.facts.precision
+        return [describe(spec, self.config, self.sha256, precision) for spec in specs]
+
+    def _json(
+        self,
+        request_id: str,
+        specs: Sequence[ImageSpec],
+        files: Sequence[bytes],
+        mime: str,
+        timings_ms: dict[str, float],
+    ) -> str:
+        first = specs[0]
+        return GenerateResponse(
+            request_id=request_id,
             images=[
                 GeneratedImage(
                     seed=description["seed"],
@@ -96,40 +122,56 @@ class Generate:
                     mime_type=mime,
                     data=b64encode(file).decode(),
                 )
-                for file, description in zip(files, descriptions, strict=True)
+                for file, description in zip(files, self._describe(specs), strict=True)
             ],
-            steps=specs[0].steps,
-            evaluations=specs[0].num_evaluations,
-            cfg=specs[0].cfg,
-            guidance_method=specs[0].guidance_method,
-            guidance_interval=specs[0].guidance_interval,
-            checkpoint_sha256=self.checkpoint.sha256,
+            steps=first.steps,
+            evaluations=first.num_evaluations,
+            cfg=first.cfg,
+            guidance_method=first.guidance_method,
+            guidance_interval=first.guidance_interval,
+            checkpoint_sha256=self.sha256,
             timings_ms=timings_ms,
-        )
-        return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
+        ).model_dump_json()
 
     async def _run(
         self, specs: Sequence[ImageSpec], asked: GenerateRequest, http: Request
     ) -> Generated:
-        """Raises QueueFullError, DeadlineError, EngineClosedError, or ClientGoneError: then nothing
-        runs on."""
-        request = self.engine.submit(
-            specs,
-            http.state.request_id,
-            client=http.client.host if http.client else "",
-            priority=asked.priority or "normal",
-            deadline_s=asked.deadline_ms / 1000 if asked.deadline_ms else math.inf,
+        """Raises an ApiError: then nothing runs on."""
+        request_id = http.state.request_id
+        work = asyncio.create_task(
+            self.pool.generate(
+                specs,
+                request_id,
+                client=http.client.host if http.client else "",
+                priority=asked.priority or "normal",
+                deadline_s=asked.deadline_ms / 1000 if asked.deadline_ms else math.inf,
+            )
         )
-        result = asyncio.wrap_future(request.future)
+        running = self._running.setdefault(request_id, set())
+        running.add(work)
         gone = asyncio.create_task(disconnected(http))
         try:
-            await asyncio.wait((result, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not result.done():
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
                 raise errors.ClientGoneError
-            return result.result()
+            if work.cancelled():
+                raise errors.RequestCancelledError
+            return work.result()
         finally:
             gone.cancel()
-            self.engine.cancel(request)
+            work.cancel()
+            running.discard(work)
+            if not running:
+                self._running.pop(request_id, None)
+
+    async def cancel(self, request_id: str) -> Cancelled:
+        """DELETE /requests/{request_id}; the request itself is answered with status 499."""
+        running = self._running.get(request_id)
+        if not running:
+            raise errors.NoRequestError(clean(request_id))
+        for work in running:
+            work.cancel()
+        return Cancelled(request_id=request_id)
 
 
 async def disconnected(http: Request) -> None:
@@ -161,9 +203,14 @@ async def encode_all(
     generated: Generated, descriptions: Sequence[Mapping[str, Any]], format: ImageFormat
 ) -> list[bytes]:
     pairs = zip(generated.images, descriptions, strict=True)
-    return await asyncio.gather(
-        *(asyncio.to_thread(encode, image, format, description) for image, description in pairs)
-    )
+    try:
+        return await asyncio.gather(
+            *(asyncio.to_thread(encode, image, format, description) for image, description in pairs)
+        )
+    except Exception as error:
+        log.exception("an encoding failed")
+        message = f"the {format} could not be made ({type(error).__name__})"
+        raise errors.GenerationError("encode", message) from error
 
 
 def accepts_image(accept: str | None) -> bool:

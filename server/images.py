@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from rae.models.checkpoint import Checkpoint
+from rae.models.checkpoint_config import CheckpointConfig
 from rae.server.request import ImageSpec
 from rae.server.settings import ImageFormat, server_version
 
@@ -47,9 +47,10 @@ def encode(image: np.ndarray, format: ImageFormat, metadata: Mapping[str, Any]) 
     return file.getvalue()
 
 
-def describe(spec: ImageSpec, checkpoint: Checkpoint, precision: str) -> dict[str, Any]:
-    """What is needed to make an image again."""
-    config = checkpoint.config
+def describe(
+    spec: ImageSpec, config: CheckpointConfig, sha256: str, precision: str
+) -> dict[str, Any]:
+    """What is needed to make an image again; `sha256` is config.json's."""
     is_null = spec.class_label == config.dit_dh.null_label
     return {
         "class_id": None if is_null else spec.class_label,
@@ -61,7 +62,7 @@ def describe(spec: ImageSpec, checkpoint: Checkpoint, precision: str) -> dict[st
         "guidance_interval": list(spec.guidance_interval),
         "solver": "euler",
         "checkpoint": config.name,
-        "checkpoint_sha256": checkpoint.sha256,
+        "checkpoint_sha256": sha256,
         "precision": precision,
         "version": server_version(),
     }

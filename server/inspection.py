@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +11,6 @@ from rich.table import Table
 from rae.models.checkpoint import load_checkpoint
 from rae.models.checkpoint_config import AutoencoderConfig, CheckpointConfig, read_any_config
 from rae.server.limits import Limits
-from rae.server.schemas import ModelInfo
 
 
 def report(folder: Path, console: Console) -> None:
@@ -41,15 +41,15 @@ def report(folder: Path, console: Console) -> None:
 def generator_rows(folder: Path) -> dict[str, str]:
     """What only a folder with a DiT^DH has; it is loaded, its files' sha256 are checked."""
     checkpoint = load_checkpoint(folder)
-    defaults = checkpoint.config.defaults
-    limits = Limits.of(checkpoint.config, max_steps=defaults.steps, max_images=1)
-    model = ModelInfo.of(checkpoint, limits)
+    config, defaults = checkpoint.config, checkpoint.config.defaults
+    limits = Limits.of(config, max_steps=defaults.steps, max_images=1)
+    parameters = checkpoint.num_parameters
     return {
-        "classes": f"{model.num_classes}: {limits.class_names}",
-        **{f"{name} parameters": f"{count:,}" for name, count in model.parameters.items()},
-        "shift": f"{model.shift:g}",
-        "defaults": ", ".join(f"{key} {value}" for key, value in model.defaults.items()),
-        "guidance": ", ".join(model.guidance_methods) or "none",
+        "classes": f"{len(config.classes)}: {limits.class_names}",
+        **{f"{name} parameters": f"{count:,}" for name, count in parameters.items()},
+        "shift": f"{config.shift:g}",
+        "defaults": ", ".join(f"{key} {value}" for key, value in asdict(defaults).items()),
+        "guidance": ", ".join(limits.methods) or "none",
     }
 
 

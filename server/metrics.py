@@ -25,8 +25,6 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 class Watched(Protocol):
     """What of an engine is read at each scrape."""
 
-    device: str
-    precision: str
     max_queue: float
 
     @property
@@ -100,8 +98,6 @@ class Metrics:
             "version": server_version(),
             "torch": version("torch"),
             "checkpoint": checkpoint,
-            "device": engine.device,
-            "precision": engine.precision,
         }
         build = Gauge("rae_build_info", "What runs; always 1.", [*labels], registry=self.registry)
         build.labels(**labels).set(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -105,6 +105,11 @@ class Request:
     submitted_at: float = field(default_factory=time.perf_counter)
     started_at: float = 0.0
     num_running: int = 0
+    on_start: Callable[[], None] | None = None
+
+    @property
+    def cost(self) -> float:
+        return sum(sample.plan.costs[0] for sample in self.samples)
 
     @property
     def done(self) -> bool:

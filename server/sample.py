@@ -207,7 +207,9 @@ def write_pngs(folder: Path, images: np.ndarray, checkpoint: Checkpoint, job: Jo
     with staging(folder) as staged:
 
         def write(index: int) -> None:
-            description = describe(job.spec(index), checkpoint, job.precision)
+            description = describe(
+                job.spec(index), checkpoint.config, checkpoint.sha256, job.precision
+            )
             description |= {"solver": job.solver, "pixels": job.pixels}
             (staged / f"{index:06}.png").write_bytes(encode(images[index], "png", description))
 

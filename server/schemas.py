@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from rae.models.checkpoint import Checkpoint
+from rae.models.checkpoint_config import CheckpointConfig
 from rae.models.config import GuidanceMethod
 from rae.models.labels import find_labels, has_name
 from rae.server.errors import Detail, InvalidRequestError, MalformedBodyError
 from rae.server.limits import NUMBERS, Limits, clean, shown
 from rae.server.request import ImageSpec, Priority
 from rae.server.settings import ImageFormat
+from rae.server.supervisor import WorkerState
 
 RANDOM_SEEDS = 2**32  # short enough to type again
 Integer = Annotated[int, Field(strict=True)]
@@ -232,6 +233,10 @@ class ClassItem(BaseModel):
     name: str = Field(description="Its names, separated by commas; class_name takes any.")
 
 
+class Cancelled(BaseModel):
+    request_id: str
+
+
 class Health(BaseModel):
     status: Literal["ok", "not ready"]
     reasons: list[str] = []
@@ -254,46 +259,76 @@ class ModelInfo(BaseModel):
     guidance_methods: list[str]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, limits: Limits) -> Self:
-        config = checkpoint.config
+    def of(
+        cls,
+        config: CheckpointConfig,
+        sha256: str,
+        parameters: Mapping[str, int],
+        methods: Sequence[str],
+    ) -> Self:
         parts = {"dit_dh": config.dit_dh, "decoder": config.decoder, "guide": config.guide}
         return cls(
             name=config.name,
-            sha256=checkpoint.sha256,
+            sha256=sha256,
             source=config.source,
             license=config.license,
             num_classes=len(config.classes),
             image_size=config.decoder.image_size,
             latent_shape=config.dit_dh.latent_shape,
             shift=config.shift,
-            parameters=dict(checkpoint.num_parameters),
+            parameters=dict(parameters),
             configurations={name: asdict(part) for name, part in parts.items() if part},
             defaults=asdict(config.defaults),
-            guidance_methods=list(limits.methods),
+            guidance_methods=list(methods),
         )
 
 
-class KernelInfo(BaseModel):
-    """What runs between the matrix products."""
+class WorkerInfo(BaseModel):
+    """A process with a device. What is null is not known before it was ready."""
 
-    kernels: str
-    attention: str
-    compiled: bool = Field(description="Whether torch.compile made the layers.")
-    layers: str = Field(description="fused: on the kernels; packed: oneDNN's on a CPU; plain.")
+    state: str
+    reason: str = Field(description="Why it is not ready.")
+    restarts: int
+    start_s: float | None = Field(description="How long its last start took.")
+    device: str | None
+    precision: str | None
+    slots: int | None
+    max_rows: int = Field(description="Of a step; fewer than --max-batch where memory is short.")
+    compiled: bool | None = Field(description="Whether torch.compile made the layers.")
+    layers: str | None = Field(
+        description="fused: on the kernels; packed: oneDNN's on a CPU; plain."
+    )
     implementations: dict[str, list[str]] = Field(
         description="What ran so far, by op and shape: triton, library, cudnn, flash, ..."
     )
+
+    @classmethod
+    def of(cls, worker: WorkerState) -> Self:
+        facts = worker.facts
+        return cls(
+            state=worker.state,
+            reason=worker.reason,
+            restarts=worker.restarts,
+            start_s=worker.start_s,
+            device=facts and facts.device,
+            precision=facts and facts.precision,
+            slots=facts and facts.num_slots,
+            max_rows=worker.beat.max_rows,
+            compiled=facts and facts.compiles,
+            layers=facts and facts.layers,
+            implementations={k: list(v) for k, v in facts.implementations.items()} if facts else {},
+        )
 
 
 class Info(BaseModel):
     version: str
     torch: str
     python: str
-    device: str
-    precision: str
+    kernels: str
+    attention: str
     deterministic: bool
-    kernels: KernelInfo
     solver: Literal["euler"] = "euler"
     sampler: str = "steps are grid points as published: steps − 1 evaluations of the model"
     limits: dict[str, int | float]
     model: ModelInfo
+    workers: list[WorkerInfo]

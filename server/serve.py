@@ -5,98 +5,117 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvicorn
 
-from rae.models.checkpoint import load_checkpoint
+from rae.models.checkpoint_config import read_config
 from rae.server.app import create_app
-from rae.server.engine import Engine
 from rae.server.metrics import Metrics
+from rae.server.pool import Pool
 from rae.server.serve_settings import ServeSettings
+from rae.server.stopping import Stopping
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 30
 PROGRESS_S = 5
+POLL_S = 0.05
+# For answers to be read, once all are made.
+ANSWER_S = 5
 BACKLOG = 2048
 
 
 class Server(uvicorn.Server):
-    """Says where it is once the engine is ready; ends with exit code 0 when it is told to stop."""
+    """Says where it is once a worker is ready; ends with exit code 0 when it is told to stop."""
 
     def __init__(
         self,
         config: uvicorn.Config,
-        engine: Engine,
+        pool: Pool,
         listener: socket.socket,
+        grace_s: float,
         announce: Callable[[], None],
     ) -> None:
         super().__init__(config)
-        self.engine, self.listener, self.announce = engine, listener, announce
+        self.pool, self.listener, self.announce = pool, listener, announce
+        self.grace_s = grace_s
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """They are `Stopping`'s: uvicorn would close the port first, and end by the signal."""
+        yield
 
     async def main_loop(self) -> None:
-        waiting = asyncio.create_task(self.watch())
+        watching = asyncio.create_task(self.watch())
         await super().main_loop()
-        waiting.cancel()
+        await watching
 
     async def watch(self) -> None:
-        """Say how the warm-up goes, and that it is over; end the server where the engine fails."""
+        """Say how the start goes, and that it is over; end the server when it is told to stop, or
+        no worker can be had."""
         said, is_announced = time.monotonic(), False
-        while not self.engine.failure:
-            if self.engine.ready and not is_announced:
+        while not (self.pool.failure or self.stopping.signals):
+            if self.pool.ready and not is_announced:
                 self.announce()
                 is_announced = True
-            elif not self.engine.ready and time.monotonic() - said > PROGRESS_S:
-                log.info(self.engine.progress)
+            elif not self.pool.ready and time.monotonic() - said > PROGRESS_S:
+                log.info("; ".join(self.pool.reasons))
                 said = time.monotonic()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(POLL_S)
+        await self.drain()
         self.should_exit = True
 
-    def serve_until_stopped(self) -> str | None:
-        """Until SIGTERM or SIGINT; what runs then is finished, for at most GRACE_S.
+    async def drain(self) -> None:
+        """The port stays open, so that whoever comes, and asks whether it is ready, is told."""
+        self.pool.draining = True
+        end = time.monotonic() + self.grace_s
+        if self.pool.in_flight:
+            log.info("finishing %d requests, for at most %g s", self.pool.in_flight, self.grace_s)
+        while self.pool.in_flight and time.monotonic() < end and self.stopping.signals < 2:
+            await asyncio.sleep(POLL_S)
+        await self.pool.close()
 
-        Returns why it stopped by itself, if it did.
-        """
-        # uvicorn raises the signal that stopped it once more: the default would end us by it.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+    def serve_until_stopped(self, stopping: Stopping) -> str | None:
+        """Until SIGTERM or SIGINT; what runs then is finished, for at most `grace_s`, or until the
+        second one. Returns why it stopped by itself, if it did."""
+        self.stopping = stopping
+        stopping.serve()
         self.run([self.listener])
-        return self.engine.failure
+        return self.pool.failure
 
 
 def prepare(settings: ServeSettings, say: Callable[[str], None]) -> Server:
     """`say` gets the lines for people.
 
-    Raises ValueError for a port, a checkpoint or a device that cannot be used.
+    Raises ValueError for a port or a checkpoint that cannot be used.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s: %(message)s")
     # A published model may be downloaded here: nobody should be let in to wait for that.
     folder = settings.find_folder(say)
-    # Before the model is loaded, so that a port that is taken is said at once.
+    # Before a model is loaded, so that a port that is taken is said at once.
     listener = listen(settings.host, settings.port)
     try:
-        checkpoint = load_checkpoint(folder, keep_bf16=True)
+        checkpoint, sha256 = read_config(folder)
         metrics = Metrics()
-        engine = Engine(checkpoint, settings, metrics)
+        pool = Pool(folder, settings, metrics)
+        app = create_app(pool, checkpoint, sha256, metrics, settings)
     except (ValueError, OSError):
         listener.close()
         raise
-    name = checkpoint.config.name
-    metrics.watch(engine, name)
-    say(f"Warming up {name} on {engine.device} in {engine.precision} ...")
+    metrics.watch(pool, checkpoint.name)
+    say(f"Loading {checkpoint.name} ...")
     config = uvicorn.Config(
-        create_app(engine, checkpoint, metrics, settings),
+        app,
         log_level=settings.log_level,
         root_path=settings.root_path,
-        timeout_graceful_shutdown=GRACE_S,
+        timeout_graceful_shutdown=ANSWER_S,
         backlog=BACKLOG,
     )
-    text = welcome(settings.host, listener.getsockname()[1], name)
-    return Server(config, engine, listener, lambda: say(text))
+    text = welcome(settings.host, listener.getsockname()[1], checkpoint.name)
+    return Server(config, pool, listener, settings.grace, lambda: say(text))
 
 
 def listen(host: str, port: int) -> socket.socket:

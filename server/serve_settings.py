@@ -11,11 +11,40 @@ from rae.server.settings import EngineSettings
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-HTTP, LIMITS = "HTTP", "Limits of one request"
+WORKERS, HTTP, LIMITS = "Workers", "HTTP", "Limits of one request"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings(EngineSettings):
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes with a device each; each has its own --max-queue.",
+            envvar="RAE_WORKERS",
+            min=1,
+            show_default="one for each GPU, one on a CPU",
+            rich_help_panel=WORKERS,
+        ),
+    ] = None
+    hang_timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds after which a worker that says nothing, or whose step takes so long (and "
+            "10 times what such steps take), is replaced.",
+            envvar="RAE_HANG_TIMEOUT",
+            min=1,
+            rich_help_panel=WORKERS,
+        ),
+    ] = 30
+    grace: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that what runs may take when the server is told to stop.",
+            envvar="RAE_GRACE",
+            min=0,
+            rich_help_panel=WORKERS,
+        ),
+    ] = 30
     host: Annotated[
         str,
         typer.Option(

@@ -15,10 +15,10 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from rae.models.checkpoint import load_checkpoint
+from rae.models.checkpoint_config import read_config
 from rae.server.app import create_app
-from rae.server.engine import Engine
 from rae.server.metrics import Metrics
+from rae.server.pool import Pool
 from rae.server.serve_settings import ServeSettings
 
 START_S = 60
@@ -44,19 +44,19 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def make_client(tiny_checkpoint: Path) -> MakeClient:
-    """A client of an app whose engine runs the tiny checkpoint."""
+    """A client of an app whose worker runs the tiny checkpoint."""
 
     @contextmanager
     def make(folder: Path = tiny_checkpoint, **settings: object) -> Iterator[TestClient]:
         values: dict[str, Any] = {"device": "cpu", "precision": "fp32", "max_batch": 8}
         values.update(settings)
         chosen = ServeSettings(**values)
-        checkpoint, metrics = load_checkpoint(folder), Metrics()
-        engine = Engine(checkpoint, chosen, metrics)
-        metrics.watch(engine, checkpoint.config.name)
-        app = create_app(engine, checkpoint, metrics, chosen)
+        (config, sha256), metrics = read_config(folder), Metrics()
+        pool = Pool(folder, chosen, metrics)
+        metrics.watch(pool, config.name)
+        app = create_app(pool, config, sha256, metrics, chosen)
         with TestClient(app, root_path=chosen.root_path, raise_server_exceptions=False) as client:
-            wait_until(lambda: engine.ready)
+            wait_until(lambda: pool.ready)
             yield client
 
     return make

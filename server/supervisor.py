@@ -1,0 +1,335 @@
+"""Which worker gets which request, and what becomes of both when one dies.
+
+Decisions only: no processes, no sockets, no clock; `World` has those, and times are given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from rae.server import messages
+from rae.server.errors import ApiError, DeadlineError, NotReadyError, WorkerDiedError
+from rae.server.request import Generated, ImageSpec, Priority
+
+State = Literal["starting", "ready", "dying", "dead", "given up"]
+
+START_S = 1800.0
+"""For a worker's start. XL takes 2 minutes where it is compiled; a network's disk may take more."""
+USUAL_START_S = 5.0
+SHORT_LIFE_S = 10.0
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
+STARTS = 5
+"""Times that a worker may fail to start, one after the other."""
+DEATHS = 5
+"""That a request may live through which had not started yet; one that had may once."""
+EXPECTED_STEPS = 10
+"""A step hangs when it takes so many times what was expected, and the time that is allowed."""
+ORPHAN_S = 30.0
+"""That a request waits for a worker after its own has died."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Ticket:
+    """A request on its way through the workers. `deadline` is of the times that are given."""
+
+    id: int
+    request_id: str
+    specs: list[ImageSpec]
+    client: str = ""
+    weight: float = 1.0
+    priority: Priority = "normal"
+    submitted_at: float = 0.0
+    deadline: float = math.inf
+    is_accepted: bool = False
+    is_started: bool = False
+    is_suspect: bool = False
+    """Its worker died when it was running: it may have been the reason."""
+    deaths: int = 0
+    orphaned_at: float = 0.0
+
+    def message(self, now: float) -> messages.Submit:
+        return messages.Submit(
+            ticket=self.id,
+            request_id=self.request_id,
+            specs=self.specs,
+            client=self.client,
+            weight=self.weight,
+            priority=self.priority,
+            deadline_s=self.deadline - now,
+            bounded=not self.is_accepted,
+        )
+
+
+class World(Protocol):
+    """What a supervisor does."""
+
+    def spawn(self, index: int) -> None: ...
+    def kill(self, index: int) -> None: ...
+    def send(self, index: int, message: messages.ToWorker) -> None: ...
+    def accepted(self, ticket: Ticket, cost: float) -> None: ...
+    def end(self, ticket: Ticket, result: Generated | ApiError) -> None: ...
+    def retried(self, ticket: Ticket) -> None: ...
+    def recovered(self, seconds: float) -> None: ...
+
+
+@dataclass(eq=False)
+class WorkerState:
+    """One worker as seen from here."""
+
+    index: int
+    state: State = "dead"
+    reason: str = ""
+    """Why it is not ready."""
+    failure: str = ""
+    """What ends it, where that is known before it has ended."""
+    tickets: dict[int, Ticket] = field(default_factory=dict)
+    suspect: Ticket | None = None
+    facts: messages.Facts | None = None
+    beat: messages.Beat = field(default_factory=messages.Beat)
+    unseen_cost: float = 0.0
+    """Accepted since the last beat."""
+    spawned_at: float = 0.0
+    heard_at: float = 0.0
+    ready_at: float | None = None
+    died_at: float | None = None
+    start_at: float = 0.0
+    start_s: float | None = None
+    """How long the last start took, if one has succeeded."""
+    has_served: bool = False
+    failed_starts: int = 0
+    short_lives: int = 0
+    restarts: int = 0
+
+    @property
+    def load_s(self) -> float:
+        return self.beat.drain_s + self.unseen_cost / self.beat.rows_per_s
+
+
+class Supervisor:
+    """Keeps `num_workers` workers alive (None: as many as the first one sees devices), and every
+    ticket in one of them, or waiting for one, until it has ended exactly once.
+
+    What ran when a worker died may be what killed it. Such suspects are tried once more, at most
+    one at a time in a worker: if that dies too, it is known whom to refuse, and those beside it,
+    suspects now themselves, get their own second chance.
+    """
+
+    def __init__(self, world: World, num_workers: int | None, hang_s: float) -> None:
+        self._world, self._hang_s = world, hang_s
+        self._grows = num_workers is None
+        self.workers = [WorkerState(index) for index in range(num_workers or 1)]
+        self._waiting: deque[Ticket] = deque()
+        self._suspects: deque[Ticket] = deque()
+        self._closing = False
+
+    @property
+    def ready(self) -> list[WorkerState]:
+        return [worker for worker in self.workers if worker.state == "ready"]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why it is not ready."""
+        many = len(self.workers) > 1
+        return [f"worker {w.index}: {w.reason}" if many else w.reason for w in self.workers]
+
+    @property
+    def failure(self) -> str | None:
+        """Why there is no use in going on."""
+        if all(worker.state == "given up" for worker in self.workers):
+            return "; ".join(dict.fromkeys(self.reasons))
+        return None
+
+    def submit(self, ticket: Ticket, now: float) -> None:
+        """Raises NotReadyError where no worker is ready."""
+        if not self.ready:
+            start_s = max(worker.start_s or USUAL_START_S for worker in self.workers)
+            raise NotReadyError(self.reasons, start_s)
+        self._send(min(self.ready, key=lambda worker: worker.load_s), ticket, now)
+
+    def cancel(self, ticket: Ticket, now: float) -> None:
+        for queue in (self._waiting, self._suspects):
+            if ticket in queue:
+                queue.remove(ticket)
+        for worker in self.workers:
+            if ticket.id in worker.tickets:
+                self._world.send(worker.index, messages.Cancel(ticket.id))
+                self._take(worker, ticket.id, now)
+
+    def heard(self, index: int, message: messages.FromWorker, now: float) -> None:
+        """A worker's message; of tickets that it no longer has nothing is wanted."""
+        worker = self.workers[index]
+        worker.heard_at = now
+        match message:
+            case messages.Hello(num_devices):
+                if self._grows:
+                    self._grow(num_devices)
+            case messages.Facts():
+                worker.facts = message
+                if worker.state == "starting":
+                    self._is_ready(worker, now)
+            case messages.Failed(reason, is_permanent):
+                worker.failure = reason
+                if is_permanent and worker.start_s is None:
+                    worker.failed_starts = STARTS
+            case messages.Beat():
+                worker.beat, worker.unseen_cost = message, 0.0
+                if worker.state == "starting":
+                    worker.reason = message.progress
+            case messages.Accepted(id, cost):
+                if id in worker.tickets:
+                    worker.unseen_cost += cost
+                    self._accept(worker.tickets[id], cost)
+            case messages.Started(id):
+                if id in worker.tickets:
+                    worker.tickets[id].is_started = True
+            case messages.Done(id, generated):
+                worker.has_served = True
+                self._end(worker, id, generated, now)
+            case messages.Refused(id, error):
+                self._end(worker, id, error, now)
+
+    def died(self, index: int, reason: str, now: float) -> None:
+        """A worker's process has ended, and all that it held is free."""
+        worker = self.workers[index]
+        worker.state, worker.reason = "dead", worker.failure or reason
+        worker.beat, worker.unseen_cost = messages.Beat(), 0.0
+        if worker.died_at is None:
+            worker.died_at = now
+        self._plan_start(worker, now)
+        tickets, worker.tickets, worker.suspect = worker.tickets, {}, None
+        for ticket in tickets.values():
+            self._orphan(ticket, now)
+        self._dispatch(now)
+
+    def tick(self, now: float) -> None:
+        """Some times a second: start who is due, kill who hangs, end who has waited too long."""
+        for worker in self.workers:
+            if worker.state == "dead" and now >= worker.start_at and not self._closing:
+                self._start(worker, now)
+            elif worker.state in ("starting", "ready"):
+                self._watch(worker, now)
+        self._end_overdue(now)
+
+    def close(self, error: ApiError) -> None:
+        """Nobody is started any more, and every ticket ends with `error`."""
+        self._closing = True
+        for ticket in list(self._tickets()):
+            self._world.end(ticket, error)
+        self._waiting.clear()
+        self._suspects.clear()
+        for worker in self.workers:
+            worker.tickets.clear()
+
+    def _tickets(self) -> Iterator[Ticket]:
+        for worker in self.workers:
+            yield from worker.tickets.values()
+        yield from self._waiting
+        yield from self._suspects
+
+    def _send(self, worker: WorkerState, ticket: Ticket, now: float) -> None:
+        worker.tickets[ticket.id] = ticket
+        self._world.send(worker.index, ticket.message(now))
+
+    def _take(self, worker: WorkerState, id: int, now: float) -> Ticket | None:
+        ticket = worker.tickets.pop(id, None)
+        if ticket is not None and ticket is worker.suspect:
+            worker.suspect = None
+            self._dispatch(now)
+        return ticket
+
+    def _accept(self, ticket: Ticket, cost: float) -> None:
+        if not ticket.is_accepted:
+            ticket.is_accepted = True
+            self._world.accepted(ticket, cost)
+
+    def _end(self, worker: WorkerState, id: int, result: Generated | ApiError, now: float) -> None:
+        ticket = self._take(worker, id, now)
+        if ticket is not None:
+            self._world.end(ticket, result)
+
+    def _orphan(self, ticket: Ticket, now: float) -> None:
+        ticket.deaths += 1
+        ticket.orphaned_at = now
+        was_suspect = ticket.is_suspect
+        ticket.is_suspect = was_suspect or ticket.is_started
+        if (was_suspect and ticket.is_started) or ticket.deaths >= DEATHS:
+            self._world.end(ticket, WorkerDiedError(ticket.deaths))
+            return
+        ticket.is_started = False
+        (self._suspects if ticket.is_suspect else self._waiting).append(ticket)
+        self._world.retried(ticket)
+
+    def _dispatch(self, now: float) -> None:
+        """Give who waits to those who are ready."""
+        self._end_overdue(now)
+        ready = self.ready
+        while ready and self._waiting:
+            self._send(min(ready, key=lambda w: len(w.tickets)), self._waiting.popleft(), now)
+        for worker in ready:
+            if self._suspects and worker.suspect is None:
+                worker.suspect = self._suspects.popleft()
+                self._send(worker, worker.suspect, now)
+
+    def _end_overdue(self, now: float) -> None:
+        for queue in (self._waiting, self._suspects):
+            for ticket in list(queue):
+                error = self._overdue(ticket, now)
+                if error is not None:
+                    queue.remove(ticket)
+                    self._world.end(ticket, error)
+
+    def _overdue(self, ticket: Ticket, now: float) -> ApiError | None:
+        if ticket.deadline <= now:
+            return DeadlineError(ticket.deadline - ticket.submitted_at)
+        if not self.ready and now - ticket.orphaned_at > ORPHAN_S:
+            return WorkerDiedError(ticket.deaths)
+        return None
+
+    def _grow(self, num_workers: int) -> None:
+        self.workers += [WorkerState(index) for index in range(len(self.workers), num_workers)]
+
+    def _start(self, worker: WorkerState, now: float) -> None:
+        worker.restarts += worker.died_at is not None
+        worker.state, worker.reason, worker.failure = "starting", "the worker is starting", ""
+        worker.spawned_at = worker.heard_at = now
+        worker.ready_at = None
+        self._world.spawn(worker.index)
+
+    def _is_ready(self, worker: WorkerState, now: float) -> None:
+        worker.state, worker.reason = "ready", ""
+        worker.ready_at, worker.start_s = now, now - worker.spawned_at
+        worker.has_served, worker.failed_starts = False, 0
+        if worker.died_at is not None:
+            self._world.recovered(now - worker.died_at)
+            worker.died_at = None
+        self._dispatch(now)
+
+    def _plan_start(self, worker: WorkerState, now: float) -> None:
+        """When, if at all: later and later for one that cannot start, or dies without service."""
+        if worker.ready_at is None:
+            worker.failed_starts += 1
+            count = worker.failed_starts
+        else:
+            lived = worker.has_served or now - worker.ready_at > SHORT_LIFE_S
+            worker.short_lives = count = 0 if lived else worker.short_lives + 1
+        if worker.failed_starts >= STARTS:
+            worker.state = "given up"
+        delay_s = FIRST_DELAY_S * 2 ** (count - 1) if count else 0.0
+        worker.start_at = now + min(delay_s, LONGEST_DELAY_S)
+
+    def _watch(self, worker: WorkerState, now: float) -> None:
+        beat = worker.beat
+        if now - worker.heard_at > self._hang_s:
+            reason = f"the worker said nothing for {self._hang_s:.0f} s"
+        elif beat.busy_s > self._hang_s + EXPECTED_STEPS * beat.expected_s:
+            reason = f"a step did not end in {beat.busy_s:.0f} s"
+        elif worker.state == "starting" and now - worker.spawned_at > START_S:
+            reason = f"the worker was not ready in {START_S:.0f} s"
+        else:
+            return
+        worker.state, worker.reason, worker.failure = "dying", reason, reason
+        self._world.kill(worker.index)

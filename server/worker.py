@@ -1,0 +1,215 @@
+"""A process with one device: runs an Engine on what it is sent, until its parent is gone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
+
+from rae.server import messages
+from rae.server.errors import ApiError, GenerationError
+
+if TYPE_CHECKING:
+    from rae.server.engine import Engine
+    from rae.server.request import Generated
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 0.1
+
+
+class Relay:
+    """An Observer whose calls are made again in the parent. What a killed process has not sent is
+    lost: a beat of step times, but no count of requests, which the parent keeps."""
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[str, tuple[float, ...]]] = deque()
+
+    def queued(self, seconds: float) -> None:
+        self._calls.append(("queued", (seconds,)))
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        self._calls.append(("stepped", (rows, seconds)))
+
+    def evaluated(self, rows: float, saved: float) -> None:
+        self._calls.append(("evaluated", (rows, saved)))
+
+    def decoded(self, images: int, seconds: float) -> None:
+        self._calls.append(("decoded", (images, seconds)))
+
+    def take(self) -> list[tuple[str, tuple[float, ...]]]:
+        return [self._calls.popleft() for _ in range(len(self._calls))]
+
+
+class Worker:
+    """Answers what comes over `connection`.
+
+    Two threads send: the engine's, which says what it starts before it does, as that may be the end
+    of this process; and one that reports all else, so that no step waits for images to be sent.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._outbox: queue.SimpleQueue[messages.FromWorker] = queue.SimpleQueue()
+        self._requests: dict[int, Future[Generated]] = {}
+        self._relay = Relay()
+        self._engine: Engine | None = None
+        self._num_parameters: Mapping[str, int] = {}
+
+    def run(self) -> None:
+        try:
+            start = messages.receive(self._connection)
+            assert isinstance(start, messages.Start)
+            logging.basicConfig(level=start.log_level.upper(), format="%(levelname)s: %(message)s")
+            threading.Thread(target=self._report, name="report", daemon=True).start()
+            self._engine = engine = self._load(start)
+            engine.start()
+            self._obey(engine)
+            engine.close()
+        except (EOFError, ConnectionError):  # the parent is gone
+            os._exit(1)
+
+    def _load(self, start: messages.Start) -> Engine:
+        from rae.models.checkpoint import load_checkpoint
+        from rae.server.devices import share_cores, visible_devices
+        from rae.server.engine import Engine
+
+        try:
+            self._send(messages.Hello(visible_devices(start.settings.device)))
+            share_cores(start.num_workers)
+            checkpoint = load_checkpoint(start.folder, keep_bf16=True)
+            self._num_parameters = checkpoint.num_parameters
+            return Engine(checkpoint, start.settings, self._relay, local_rank=start.index)
+        except (ValueError, OSError) as error:
+            self._give_up(str(error), is_permanent=True)
+        except Exception as error:
+            log.exception("the model could not be loaded")
+            self._give_up(f"the model could not be loaded: {type(error).__name__}: {error}")
+
+    def _obey(self, engine: Engine) -> None:
+        while True:
+            match messages.receive(self._connection):
+                case messages.Submit() as submit:
+                    self._submit(engine, submit)
+                case messages.Cancel(ticket):
+                    request = self._requests.get(ticket)
+                    if request is not None:
+                        request.cancel()
+                case _:
+                    return
+
+    def _submit(self, engine: Engine, submit: messages.Submit) -> None:
+        ticket = submit.ticket
+        try:
+            request = engine.submit(
+                submit.specs,
+                submit.request_id,
+                client=submit.client,
+                weight=submit.weight,
+                priority=submit.priority,
+                deadline_s=submit.deadline_s,
+                bounded=submit.bounded,
+                on_start=lambda: self._send(messages.Started(ticket)),
+            )
+        except ApiError as error:
+            self._outbox.put(messages.Refused(ticket, error))
+            return
+        self._outbox.put(messages.Accepted(ticket, request.cost))
+        self._requests[ticket] = request.future
+        request.future.add_done_callback(partial(self._ended, ticket))
+
+    def _ended(self, ticket: int, future: Future[Generated]) -> None:
+        self._requests.pop(ticket, None)
+        if future.cancelled() or (self._engine and self._engine.failure):
+            return  # nobody waits for it, or it is tried again in another process
+        error = future.exception()
+        if error is None:
+            self._outbox.put(messages.Done(ticket, future.result()))
+        elif isinstance(error, ApiError):
+            self._outbox.put(messages.Refused(ticket, error))
+        else:
+            failure = GenerationError("step", f"the generation failed ({type(error).__name__})")
+            self._outbox.put(messages.Refused(ticket, failure))
+
+    def _report(self) -> None:
+        facts, next_beat = None, 0.0
+        while True:
+            with suppress(queue.Empty):
+                self._send(self._outbox.get(timeout=max(0.0, next_beat - time.monotonic())))
+            if time.monotonic() < next_beat:
+                continue
+            next_beat = time.monotonic() + BEAT_S
+            engine = self._engine
+            if engine is None:
+                self._send(messages.Beat(progress="the model is being loaded"))
+                continue
+            if engine.failure:
+                self._give_up(engine.failure)
+            if engine.ready and facts != (facts := self._facts(engine)):
+                self._send(facts)
+            self._send(self._beat(engine))
+
+    def _facts(self, engine: Engine) -> messages.Facts:
+        return messages.Facts(
+            device=engine.device,
+            precision=engine.precision,
+            layers=engine.layers,
+            compiles=engine.compiles,
+            num_slots=engine.num_slots,
+            num_parameters=self._num_parameters,
+            implementations=engine.implementations,
+        )
+
+    def _beat(self, engine: Engine) -> messages.Beat:
+        busy_s, expected_s = engine.activity()
+        drain_s, rows_per_s = engine.load()
+        return messages.Beat(
+            progress=engine.progress,
+            waiting=engine.waiting,
+            running=engine.running,
+            queued_cost=engine.queued_cost,
+            max_rows=engine.max_rows,
+            busy_s=busy_s,
+            expected_s=expected_s,
+            drain_s=drain_s,
+            rows_per_s=rows_per_s,
+            observations=self._relay.take(),
+        )
+
+    def _send(self, message: messages.FromWorker) -> None:
+        data = messages.frame(message)
+        try:
+            with self._sending:
+                self._connection.sendall(data)
+        except OSError:  # the parent is gone, and so is all reason to go on
+            os._exit(1)
+
+    def _give_up(self, reason: str, *, is_permanent: bool = False) -> NoReturn:
+        """At once: a device that has failed may not let go of its process in an orderly way."""
+        self._send(messages.Failed(reason, is_permanent))
+        os._exit(1)
+
+
+def main() -> None:
+    # A terminal and a service manager signal the whole group; the parent says when to stop.
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    Worker(socket.socket(fileno=int(sys.argv[1]))).run()
+
+
+if __name__ == "__main__":
+    main()
