@@ -211,8 +211,9 @@ class Pool:
             reason = await self._listen(index)
         except OSError as error:  # no memory, no processes, no descriptors: perhaps later
             reason = f"the worker could not be started ({error.strerror})"
-        log.log(logging.DEBUG if self._is_closing else logging.ERROR, "%s", reason)
         self._supervisor.died(index, reason, self._now())
+        level = logging.DEBUG if self._is_closing else logging.ERROR
+        log.log(level, "worker %d is gone: %s", index, self.workers[index].reason)
 
     async def _listen(self, index: int) -> str:
         """Hear a new process out, until it ends; how it did."""

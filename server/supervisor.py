@@ -19,6 +19,8 @@ State = Literal["starting", "ready", "dying", "dead", "given up"]
 
 START_S = 1800.0
 """For a worker's start. XL takes 2 minutes where it is compiled; a network's disk may take more."""
+SILENT_START_S = 300.0
+"""That nothing may be heard of a start: torch's libraries load with Python's lock held."""
 USUAL_START_S = 5.0
 SHORT_LIFE_S = 10.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
@@ -323,8 +325,9 @@ class Supervisor:
 
     def _watch(self, worker: WorkerState, now: float) -> None:
         beat = worker.beat
-        if now - worker.heard_at > self._hang_s:
-            reason = f"the worker said nothing for {self._hang_s:.0f} s"
+        silent_s = self._hang_s if worker.state == "ready" else max(self._hang_s, SILENT_START_S)
+        if now - worker.heard_at > silent_s:
+            reason = f"the worker said nothing for {silent_s:.0f} s"
         elif beat.busy_s > self._hang_s + EXPECTED_STEPS * beat.expected_s:
             reason = f"a step did not end in {beat.busy_s:.0f} s"
         elif worker.state == "starting" and now - worker.spawned_at > START_S:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 from rae.models.checkpoint_config import read_config
 from rae.server.app import create_app
 from rae.server.metrics import Metrics
-from rae.server.pool import Pool
+from rae.server.pool import COMMAND, Pool
 from rae.server.serve_settings import ServeSettings
 
 START_S = 60
@@ -47,16 +47,18 @@ def make_client(tiny_checkpoint: Path) -> MakeClient:
     """A client of an app whose worker runs the tiny checkpoint."""
 
     @contextmanager
-    def make(folder: Path = tiny_checkpoint, **settings: object) -> Iterator[TestClient]:
+    def make(
+        folder: Path = tiny_checkpoint, command: Sequence[str] = COMMAND, **settings: object
+    ) -> Iterator[TestClient]:
         values: dict[str, Any] = {"device": "cpu", "precision": "fp32", "max_batch": 8}
         values.update(settings)
         chosen = ServeSettings(**values)
         (config, sha256), metrics = read_config(folder), Metrics()
-        pool = Pool(folder, chosen, metrics)
+        pool = Pool(folder, chosen, metrics, command)
         metrics.watch(pool, config.name)
         app = create_app(pool, config, sha256, metrics, chosen)
         with TestClient(app, root_path=chosen.root_path, raise_server_exceptions=False) as client:
-            wait_until(lambda: pool.ready)
+            until(lambda: pool.ready)
             yield client
 
     return make
@@ -91,7 +93,7 @@ def serve(
         with log.open("wb") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=child_environment)
         try:
-            wait_until(lambda: "Try:" in log.read_text() or process.poll() is not None, START_S)
+            until(lambda: "Try:" in log.read_text() or process.poll() is not None, START_S)
             lines = [line for line in log.read_text().splitlines() if line.startswith("Ready: ")]
             assert lines, log.read_text()
             yield lines[0].split()[1], process
@@ -102,7 +104,12 @@ def serve(
     return start
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., None]:
+    return until
+
+
+def until(condition: Callable[[], bool], timeout_s: float = START_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "timed out"
