@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import uuid
@@ -19,10 +20,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rae.models import labels
 from rae.models.checkpoint_config import CheckpointConfig
 from rae.server import errors
+from rae.server.access import Access
 from rae.server.generate import Generate
 from rae.server.images import mime_type
 from rae.server.limits import Limits
 from rae.server.metrics import Metrics
+from rae.server.open_inference import OpenInference
 from rae.server.pool import Pool
 from rae.server.schemas import (
     ClassItem,
@@ -30,6 +33,7 @@ from rae.server.schemas import (
     GenerateResponse,
     Health,
     Info,
+    LimitsInfo,
     ModelInfo,
     WorkerInfo,
     request_body,
@@ -98,18 +102,23 @@ class RequestIdMiddleware:
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
+    kinds: dict[int, list[str]] = {}
+    for error in (
+        errors.MalformedBodyError,
+        errors.UnauthorizedError,
+        errors.BodyTooLargeError,
+        errors.MediaTypeError,
+        errors.InvalidRequestError,
+        errors.QueueFullError,
+        errors.RateLimitedError,
+        errors.GenerationError,
+        errors.NotReadyError,
+        errors.DeadlineError,
+    ):
+        kinds.setdefault(error.status, []).append(error.type.replace("_", " "))
     refusals: dict[int | str, dict[str, Any]] = {
-        error.status: {"model": ErrorResponse, "description": error.type.replace("_", " ")}
-        for error in (
-            errors.MalformedBodyError,
-            errors.BodyTooLargeError,
-            errors.MediaTypeError,
-            errors.InvalidRequestError,
-            errors.QueueFullError,
-            errors.GenerationError,
-            errors.NotReadyError,
-            errors.DeadlineError,
-        )
+        status: {"model": ErrorResponse, "description": " or ".join(these)}
+        for status, these in kinds.items()
     }
     binary = {"schema": {"type": "string", "format": "binary"}}
     images = {mime_type(format): binary for format in get_args(ImageFormat)}
@@ -123,16 +132,19 @@ def add_routes(app: FastAPI, service: Service) -> None:
         "application/json, come back as JSON with base64.",
         response_class=JSONResponse,
         responses={200: images_or_json, **refusals},
+        dependencies=service.access.documented,
         openapi_extra={"requestBody": request_body(service.limits)},
     )
     app.add_api_route(
         "/requests/{request_id}",
         service.generate.cancel,
         methods=["DELETE"],
+        dependencies=service.access.documented,
         responses={404: {"model": ErrorResponse}},
         summary="Cancel what waits or runs under an X-Request-Id",
     )
     app.add_api_route("/classes", service.classes, summary="The classes, or those that match")
+    app.add_api_route("/limits", service.get_limits, summary="What is allowed")
     app.add_api_route("/info", service.get_info, summary="What runs here")
     app.add_api_route("/health/live", live, summary="Whether the process answers")
     app.add_api_route(
@@ -142,6 +154,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         summary="Whether requests are served",
     )
     app.add_api_route("/metrics", service.scrape, response_class=Response, summary="Prometheus")
+    service.open_inference.add_routes(app)
     app.add_api_route("/", to_docs, include_in_schema=False)
 
 
@@ -168,9 +181,10 @@ class Service:
         self.limits = Limits.of(
             config, max_steps=settings.max_steps, max_images=settings.max_images
         )
-        self.generate = Generate(
-            pool, config, sha256, metrics, self.limits, settings.max_body_bytes
-        )
+        self.access = Access.read(settings.api_keys_file, os.environ)
+        self.generate = Generate(pool, config, sha256, metrics, self.limits, settings, self.access)
+        self.limits_info = LimitsInfo.of(self.limits, settings, needs_api_key=self.access.needs_key)
+        self.open_inference = OpenInference(config, sha256, lambda: pool.ready)
         self.info = Info(
             version=server_version(),
             torch=version("torch"),
@@ -178,13 +192,7 @@ class Service:
             kernels=settings.kernels,
             attention=settings.attention,
             deterministic=settings.deterministic,
-            limits={
-                "max_steps": settings.max_steps,
-                "max_images": settings.max_images,
-                "max_body_bytes": settings.max_body_bytes,
-                "max_batch": settings.max_batch,
-                "max_queue": settings.max_queue,
-            },
+            max_batch=settings.max_batch,
             model=ModelInfo.of(config, sha256, {}, self.limits.methods),
             workers=[],
         )
@@ -201,6 +209,9 @@ class Service:
         self.info.model.parameters = dict(facts.num_parameters) if facts else {}
         self.info.workers = [WorkerInfo.of(worker) for worker in self.pool.workers]
         return self.info
+
+    def get_limits(self) -> LimitsInfo:
+        return self.limits_info
 
     def ready(self, response: Response) -> Health:
         if self.pool.ready:

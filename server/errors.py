@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
@@ -62,6 +63,23 @@ class MalformedBodyError(ApiError):
     status, type = 400, "malformed_body"
 
 
+class UnauthorizedError(ApiError):
+    """`reason` never holds what was sent: it may be a key with a typo."""
+
+    status, type = 401, "unauthorized"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; send Authorization: Bearer KEY or X-API-Key: KEY")
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"www-authenticate": "Bearer"}
+
+
+class NotFoundError(ApiError):
+    status, type = 404, "not_found"
+
+
 class BodyTooLargeError(ApiError):
     status, type = 413, "body_too_large"
 
@@ -89,21 +107,51 @@ class InvalidRequestError(ApiError):
         return self._details
 
 
-class QueueFullError(ApiError):
-    """`queued` and `limit` are in evaluations of the model for one row."""
+class RetryLaterError(ApiError):
+    """`retry_after_s` is what was computed. Clients are told whole seconds, up to half as many
+    more at random, or those that are refused together would come back together."""
 
-    status, type, outcome = 429, "queue_full", "rejected"
+    status, outcome = 429, "rejected"
 
-    def __init__(self, retry_after_s: float, cost: float, queued: float, limit: float) -> None:
-        self.retry_after_s, self.queued, self.limit = retry_after_s, queued, limit
-        super().__init__(
-            f"this request takes {cost:.0f} model evaluations, {queued:.0f} are queued and the "
-            f"limit is {limit:.0f}; try again in {math.ceil(retry_after_s)} s"
-        )
+    def __init__(
+        self, reason: str, retry_after_s: float, draw: Callable[[int], int] = random.randrange
+    ) -> None:
+        """`draw(n)` gives an integer from 0 to n − 1."""
+        least_s = max(1, math.ceil(retry_after_s))
+        self.retry_after_s = retry_after_s
+        self.told_s = least_s + draw((least_s + 1) // 2 + 1)
+        super().__init__(f"{reason}; try again in {self.told_s} s")
 
     @property
     def headers(self) -> Mapping[str, str]:
-        return {"retry-after": str(math.ceil(self.retry_after_s))}
+        return {"retry-after": str(self.told_s)}
+
+
+class QueueFullError(RetryLaterError):
+    """`queued` and `limit` are in evaluations of the model for one row."""
+
+    type = "queue_full"
+
+    def __init__(self, retry_after_s: float, cost: float, queued: float, limit: float) -> None:
+        self.queued, self.limit = queued, limit
+        reason = (
+            f"this request takes {cost:.0f} model evaluations, {queued:.0f} are queued and the "
+            f"limit is {limit:.0f}"
+        )
+        super().__init__(reason, retry_after_s)
+
+
+class RateLimitedError(RetryLaterError):
+    """A client has used up its share; `rate` is in evaluations of the model a second."""
+
+    type = "rate_limited"
+
+    def __init__(self, retry_after_s: float, rate: float, burst_s: float) -> None:
+        reason = (
+            f"this client may use {rate:g} model evaluations a second, and {rate * burst_s:g} at "
+            "once after a pause"
+        )
+        super().__init__(reason, retry_after_s)
 
 
 class ClientGoneError(ApiError):
@@ -173,13 +221,6 @@ class RequestCancelledError(ApiError):
 
     def __init__(self) -> None:
         super().__init__("the request was cancelled by DELETE /requests/{id}")
-
-
-class NoRequestError(ApiError):
-    status, type = 404, "not_found"
-
-    def __init__(self, request_id: str) -> None:
-        super().__init__(f"no request {request_id!r} waits or runs")
 
 
 class GenerationError(ApiError):

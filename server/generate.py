@@ -10,17 +10,19 @@ import time
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from rae.models.checkpoint_config import CheckpointConfig
 from rae.server import errors
+from rae.server.access import Access, Client
 from rae.server.images import describe, encode, mime_type
-from rae.server.limits import Limits, clean, shown
+from rae.server.limits import Limits, shown
 from rae.server.metrics import Metrics, Outcome
 from rae.server.pool import Pool
+from rae.server.rate_limits import RateLimits
 from rae.server.request import Generated, ImageSpec
 from rae.server.schemas import (
     Cancelled,
@@ -29,11 +31,19 @@ from rae.server.schemas import (
     GenerateResponse,
     parse_request,
 )
+from rae.server.serve_settings import ServeSettings
 from rae.server.settings import ImageFormat
 
 log = logging.getLogger(__name__)
 
 QUALITY = re.compile(r"q=[01](\.\d*)?")
+
+
+class Running(NamedTuple):
+    """A request under its X-Request-Id, which need not be the only one."""
+
+    client: str
+    work: asyncio.Task[Generated]
 
 
 class Generate:
@@ -46,11 +56,16 @@ class Generate:
         sha256: str,
         metrics: Metrics,
         limits: Limits,
-        max_body_bytes: int,
+        settings: ServeSettings,
+        access: Access,
     ) -> None:
         self.pool, self.config, self.sha256, self.metrics = pool, config, sha256, metrics
-        self.limits, self.max_body_bytes = limits, max_body_bytes
-        self._running: dict[str, set[asyncio.Task[Generated]]] = {}
+        self.limits, self.max_body_bytes = limits, settings.max_body_bytes
+        self.access, self.rate_limits = (
+            access,
+            RateLimits(settings.rate_limit, settings.rate_burst),
+        )
+        self._running: dict[str, set[Running]] = {}
 
     async def respond(self, http: Request) -> Response:
         outcome: Outcome = "failed"
@@ -70,9 +85,10 @@ class Generate:
             self.metrics.count(outcome)
 
     async def _answer(self, http: Request) -> Response:
+        client = self.access.client(http)
         asked = parse_request(await read_json(http, self.max_body_bytes), self.limits)
         specs = asked.specs(self.limits)
-        generated = await self._run(specs, asked, http)
+        generated = await self._run(specs, asked, http, client)
         started = time.perf_counter()
         descriptions = self._describe(specs)
         files = await encode_all(generated, descriptions, asked.image_format)
@@ -134,21 +150,25 @@ class Generate:
         ).model_dump_json()
 
     async def _run(
-        self, specs: Sequence[ImageSpec], asked: GenerateRequest, http: Request
+        self, specs: Sequence[ImageSpec], asked: GenerateRequest, http: Request, client: Client
     ) -> Generated:
         """Raises an ApiError: then nothing runs on."""
+        self.rate_limits.check(client.name, time.monotonic())
         request_id = http.state.request_id
         work = asyncio.create_task(
             self.pool.generate(
                 specs,
                 request_id,
-                client=http.client.host if http.client else "",
+                client=client.name,
+                weight=client.weight,
                 priority=asked.priority or "normal",
                 deadline_s=asked.deadline_ms / 1000 if asked.deadline_ms else math.inf,
+                on_accepted=partial(self._accepted, client.name),
             )
         )
+        one = Running(client.name, work)
         running = self._running.setdefault(request_id, set())
-        running.add(work)
+        running.add(one)
         gone = asyncio.create_task(disconnected(http))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -160,17 +180,26 @@ class Generate:
         finally:
             gone.cancel()
             work.cancel()
-            running.discard(work)
+            running.remove(one)
             if not running:
-                self._running.pop(request_id, None)
+                del self._running[request_id]
 
-    async def cancel(self, request_id: str) -> Cancelled:
-        """DELETE /requests/{request_id}; the request itself is answered with status 499."""
-        running = self._running.get(request_id)
+    def _accepted(self, client: str, cost: float) -> None:
+        self.rate_limits.charge(client, cost, time.monotonic())
+
+    async def cancel(self, http: Request, request_id: str) -> Cancelled:
+        """DELETE /requests/{request_id}; the request itself is answered with status 499. With API
+        keys only its own client finds it."""
+        client = self.access.client(http)
+        running = [
+            one
+            for one in self._running.get(request_id, ())
+            if one.client == client.name or not self.access.needs_key
+        ]
         if not running:
-            raise errors.NoRequestError(clean(request_id))
-        for work in running:
-            work.cancel()
+            raise errors.NotFoundError(f"no request {shown(request_id)} waits or runs")
+        for one in running:
+            one.work.cancel()
         return Cancelled(request_id=request_id)
 
 

@@ -69,6 +69,7 @@ class Limits:
             "steps": (2, self.max_steps),
             "n": (1, self.max_images),
             "seed": (0, SEEDS - n),
+            "guidance_interval": (0, 1),
             "deadline_ms": (1, MAX_DEADLINE_MS),
         }[field]
 

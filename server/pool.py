@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from itertools import count
 from pathlib import Path
 
 from rae.server import messages
+from rae.server.access import KEYS_VARIABLE
 from rae.server.errors import ApiError, EngineClosedError
 from rae.server.metrics import Metrics
 from rae.server.request import Generated, ImageSpec, Priority
@@ -255,6 +257,7 @@ class Pool:
                 [*self._command, str(descriptor)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(descriptor,),
+                env={key: value for key, value in os.environ.items() if key != KEYS_VARIABLE},
             )
 
     def _heard(self, index: int, message: messages.FromWorker) -> None:

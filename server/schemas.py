@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -16,9 +16,11 @@ from rae.models.labels import find_labels, has_name
 from rae.server.errors import Detail, InvalidRequestError, MalformedBodyError
 from rae.server.limits import NUMBERS, Limits, clean, shown
 from rae.server.request import ImageSpec, Priority
+from rae.server.serve_settings import ServeSettings
 from rae.server.settings import ImageFormat
 from rae.server.supervisor import WorkerState
 
+ServedSolver = Literal["euler"]
 RANDOM_SEEDS = 2**32  # short enough to type again
 Integer = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -46,7 +48,7 @@ class GenerateRequest(BaseModel):
         None, description="Closed interval of shifted time in which guidance is on."
     )
     format: ImageFormat | None = Field(None, description="Of the image.")
-    solver: Literal["euler"] | None = Field(None, description="The only one that is served.")
+    solver: ServedSolver | None = Field(None, description="The only one that is served.")
     priority: Priority | None = Field(
         None, description="High goes before all normal ones, low after them."
     )
@@ -65,8 +67,11 @@ class GenerateRequest(BaseModel):
 
     @field_validator("guidance_interval")
     @classmethod
-    def _is_interval(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not 0 <= value[0] <= value[1] <= 1:
+    def _is_interval(
+        cls, value: tuple[float, float] | None, info: ValidationInfo
+    ) -> tuple[float, float] | None:
+        low, high = cast("Limits", info.context).bounds("guidance_interval")
+        if value is not None and not low <= value[0] <= value[1] <= high:
             raise ValueError
         return value
 
@@ -283,6 +288,90 @@ class ModelInfo(BaseModel):
         )
 
 
+class Range(BaseModel):
+    """Closed."""
+
+    minimum: int | float
+    maximum: int | float
+
+
+class RateLimit(BaseModel):
+    """Of each client; what it has not used for a while it may use at once."""
+
+    evaluations_per_s: float
+    burst_evaluations: float
+
+
+class LimitsInfo(BaseModel):
+    """What one request may hold, and what the server takes in."""
+
+    ranges: dict[str, Range] = Field(
+        description="Of the numbers of POST /generate; seed + n − 1 has to be in seed's too."
+    )
+    choices: dict[str, list[str]] = Field(description="Of its other fields but class_name.")
+    unconditional: bool = Field(description="Whether a request may leave the class away.")
+    max_body_bytes: int
+    max_queue_evaluations: float = Field(
+        description="Of the model, waiting or running; beyond, 429 queue_full."
+    )
+    rate_limit: RateLimit | None = Field(description="Beyond, 429 rate_limited.")
+    needs_api_key: bool
+
+    @classmethod
+    def of(cls, limits: Limits, settings: ServeSettings, *, needs_api_key: bool) -> Self:
+        ranges = {name: limits.bounds(name) for name in (*NUMBERS, "guidance_interval")}
+        rate, burst_s = settings.rate_limit, settings.rate_burst
+        return cls(
+            ranges={name: Range(minimum=low, maximum=high) for name, (low, high) in ranges.items()},
+            choices={
+                "guidance_method": list(limits.methods),
+                "format": list(get_args(ImageFormat)),
+                "solver": list(get_args(ServedSolver)),
+                "priority": list(get_args(Priority)),
+            },
+            unconditional=limits.has_null_label,
+            max_body_bytes=settings.max_body_bytes,
+            max_queue_evaluations=settings.max_queue,
+            rate_limit=RateLimit(evaluations_per_s=rate, burst_evaluations=rate * burst_s)
+            if rate is not None
+            else None,
+            needs_api_key=needs_api_key,
+        )
+
+
+class ServerLive(BaseModel):
+    live: bool
+
+
+class ServerReady(BaseModel):
+    ready: bool
+
+
+class ServerMetadata(BaseModel):
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class TensorMetadata(BaseModel):
+    name: str
+    datatype: str
+    shape: list[int] = Field(description="−1 is any.")
+
+
+class ModelMetadata(BaseModel):
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ModelReady(BaseModel):
+    name: str
+    ready: bool
+
+
 class WorkerInfo(BaseModel):
     """A process with a device. What is null is not known before it was ready."""
 
@@ -327,8 +416,8 @@ class Info(BaseModel):
     kernels: str
     attention: str
     deterministic: bool
-    solver: Literal["euler"] = "euler"
+    solver: ServedSolver = "euler"
     sampler: str = "steps are grid points as published: steps − 1 evaluations of the model"
-    limits: dict[str, int | float]
+    max_batch: int = Field(description="Rows of the model in one step, at most.")
     model: ModelInfo
     workers: list[WorkerInfo]

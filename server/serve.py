@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 import uvicorn
 
 from rae.models.checkpoint_config import read_config
+from rae.server.access import proxies
 from rae.server.app import create_app
+from rae.server.environment import unknown_variables
 from rae.server.metrics import Metrics
 from rae.server.pool import Pool
 from rae.server.serve_settings import ServeSettings
@@ -90,9 +93,12 @@ class Server(uvicorn.Server):
 def prepare(settings: ServeSettings, say: Callable[[str], None]) -> Server:
     """`say` gets the lines for people.
 
-    Raises ValueError for a port or a checkpoint that cannot be used.
+    Raises ValueError or OSError for a setting or a checkpoint that cannot be used.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s: %(message)s")
+    for line in unknown_variables(os.environ):
+        log.warning(line)
+    forwarded_allow_ips = proxies(settings.trusted_proxies)
     # A published model may be downloaded here: nobody should be let in to wait for that.
     folder = settings.find_folder(say)
     # Before a model is loaded, so that a port that is taken is said at once.
@@ -113,6 +119,7 @@ def prepare(settings: ServeSettings, say: Callable[[str], None]) -> Server:
         root_path=settings.root_path,
         timeout_graceful_shutdown=ANSWER_S,
         backlog=BACKLOG,
+        forwarded_allow_ips=forwarded_allow_ips,
     )
     text = welcome(settings.host, listener.getsockname()[1], checkpoint.name)
     return Server(config, pool, listener, settings.grace, lambda: say(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -12,6 +13,7 @@ from rae.server.settings import EngineSettings
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 WORKERS, HTTP, LIMITS = "Workers", "HTTP", "Limits of one request"
+ACCESS = "Who may ask, and how much"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,46 @@ class ServeSettings(EngineSettings):
             rich_help_panel=LIMITS,
         ),
     ] = 65_536
+
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            # Not name:key:weight, of which rich would make an emoji.
+            help="Lines name:key; :2 after it doubles a client's share. Who asks for images then "
+            "needs a key. RAE_API_KEYS holds such lines too, separated by commas.",
+            envvar="RAE_API_KEYS_FILE",
+            show_default="everybody may ask",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None
+    trusted_proxies: Annotated[
+        str,
+        typer.Option(
+            help="Addresses or networks whose X-Forwarded-For is believed, separated by commas; "
+            "* for all.",
+            envvar="RAE_TRUSTED_PROXIES",
+            rich_help_panel=ACCESS,
+        ),
+    ] = "127.0.0.1,::1"
+    rate_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Model evaluations a second for each client (key or address); beyond, 429.",
+            envvar="RAE_RATE_LIMIT",
+            min=0.001,
+            show_default="none",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None
+    rate_burst: Annotated[
+        float,
+        typer.Option(
+            help="Seconds' worth of --rate-limit that a client may use at once after a pause.",
+            envvar="RAE_RATE_BURST",
+            min=1,
+            rich_help_panel=ACCESS,
+        ),
+    ] = 60.0
 
     @property
     def allowed_origins(self) -> list[str]:

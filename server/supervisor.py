@@ -84,7 +84,7 @@ class WorkerState:
 
     index: int
     state: State = "dead"
-    reason: str = ""
+    reason: str = "no worker was started yet"
     """Why it is not ready."""
     failure: str = ""
     """What ends it, where that is known before it has ended."""
@@ -196,7 +196,7 @@ class Supervisor:
 
     def died(self, index: int, reason: str, now: float) -> None:
         """A worker's process has ended, and all that it held is free."""
-        worker = self.workers[index]
+        worker, were_ready = self.workers[index], self.ready
         worker.state, worker.reason = "dead", worker.failure or reason
         worker.beat, worker.unseen_cost = messages.Beat(), 0.0
         if worker.died_at is None:
@@ -205,6 +205,9 @@ class Supervisor:
         tickets, worker.tickets, worker.suspect = worker.tickets, {}, None
         for ticket in tickets.values():
             self._orphan(ticket, now)
+        if were_ready == [worker]:
+            for ticket in (*self._waiting, *self._suspects):
+                ticket.orphaned_at = now  # who stood in line until now could have been served
         self._dispatch(now)
 
     def tick(self, now: float) -> None:

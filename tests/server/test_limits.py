@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 
 from rae.models.checkpoint_config import SamplerDefaults, read_config
 from rae.server.errors import InvalidRequestError
 from rae.server.limits import Limits, shown
-from rae.server.schemas import read_request, request_body
+from rae.server.schemas import GenerateRequest, LimitsInfo, read_request, request_body
+from rae.server.serve_settings import ServeSettings
 
 EVERYTHING = Limits(
     classes=("cat", "crane", "dog", "crane"),
@@ -110,3 +112,57 @@ def test_a_default_above_the_limit_is_refused_at_the_start(tiny_checkpoint: Path
     assert Limits.of(config, max_steps=10, max_images=1).max_steps == 10
     with pytest.raises(ValueError, match="default of 10 steps is above the limit of 9"):
         Limits.of(config, max_steps=9, max_images=1)
+
+
+def test_limits_are_told(client: TestClient) -> None:
+    assert client.get("/limits").json() == {
+        "ranges": {
+            "class_id": {"minimum": 0, "maximum": 3},
+            "cfg": {"minimum": 1, "maximum": 100},
+            "steps": {"minimum": 2, "maximum": 1000},
+            "n": {"minimum": 1, "maximum": 64},
+            "seed": {"minimum": 0, "maximum": 2**53 - 1},
+            "deadline_ms": {"minimum": 1, "maximum": 86_400_000},
+            "guidance_interval": {"minimum": 0, "maximum": 1},
+        },
+        "choices": {
+            "guidance_method": ["cfg", "autoguidance"],
+            "format": ["png", "jpeg", "webp"],
+            "solver": ["euler"],
+            "priority": ["low", "normal", "high"],
+        },
+        "unconditional": True,
+        "max_body_bytes": 65_536,
+        "max_queue_evaluations": 150_000,
+        "rate_limit": None,
+        "needs_api_key": False,
+    }
+
+
+def test_told_limits_are_those_of_the_settings_and_of_the_checkpoint() -> None:
+    settings = ServeSettings(max_body_bytes=99, max_queue=7, rate_limit=2.5, rate_burst=4)
+    told = LimitsInfo.of(NO_NULL, settings, needs_api_key=True).model_dump()
+    assert told["ranges"]["steps"] == {"minimum": 2, "maximum": NO_NULL.max_steps}
+    assert told["choices"]["guidance_method"] == ["autoguidance"]
+    assert {*told["ranges"], *told["choices"], "class_name"} == set(GenerateRequest.model_fields)
+    del told["ranges"], told["choices"]
+    assert told == {
+        "unconditional": False,
+        "max_body_bytes": 99,
+        "max_queue_evaluations": 7,
+        "rate_limit": {"evaluations_per_s": 2.5, "burst_evaluations": 10},
+        "needs_api_key": True,
+    }
+
+
+@pytest.mark.parametrize("end", ["minimum", "maximum"])
+def test_told_ends_are_accepted_and_beyond_is_not(end: str) -> None:
+    told = LimitsInfo.of(EVERYTHING, ServeSettings(), needs_api_key=False).model_dump()
+    beyond = -1 if end == "minimum" else 1
+    for name, bounds in told["ranges"].items():
+        value, wrong = bounds[end], bounds[end] + beyond
+        if name == "guidance_interval":
+            value, wrong = [value, value], [wrong, wrong]
+        read_request({name: value}, EVERYTHING)
+        with pytest.raises(InvalidRequestError, match=f"^{name} is "):
+            read_request({name: wrong}, EVERYTHING)
