@@ -64,9 +64,13 @@ class ConditioningCache:
         if missing:
             values = self._evaluate(missing)
             places = [self._take() for _ in missing]
-            index = to_device(places, torch.int64, self.time.device)
-            self.time.index_copy_(0, index, values.time)
-            self.modulations.index_copy_(0, index, values.modulations)
+            try:
+                index = to_device(places, torch.int64, self.time.device)
+                self.time.index_copy_(0, index, values.time)
+                self.modulations.index_copy_(0, index, values.modulations)
+            except BaseException:
+                self._empty += places
+                raise
             self._rows.update(zip(missing, places, strict=True))
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)

@@ -12,6 +12,7 @@ from torch import Tensor
 from rae.models.rae import RAE
 from rae.models.sampling import to_uint8
 from rae.server.graphs import Buckets, Replayed
+from rae.server.memory import memory_errors
 
 
 class NonFiniteError(Exception):
@@ -33,20 +34,30 @@ class Decoding:
     ) -> None:
         self._slots, self._parts, self._arrived = slots, parts, arrived
 
+    def finite(self) -> list[bool]:
+        """Whether each image is, in the order of the slots; waits for the device."""
+        self._wait()
+        return [fine for _, finite in self._parts for fine in finite.tolist()]
+
+    @memory_errors()
     def images(self, *, must_be_finite: bool = False) -> list[np.ndarray]:
         """(H, W, 3) uint8 each, in the order of the slots; waits for the device.
 
-        With `must_be_finite` raises NonFiniteError; without, uint8 hides what is not.
+        With `must_be_finite` raises NonFiniteError; without, uint8 hides what is not. Raises
+        NoMemoryError.
         """
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self._wait()
         if must_be_finite:
-            finite = torch.cat([finite for _, finite in self._parts]).tolist()
-            broken = [slot for slot, fine in zip(self._slots, finite, strict=True) if not fine]
+            pairs = zip(self._slots, self.finite(), strict=True)
+            broken = [slot for slot, fine in pairs if not fine]
             if broken:
                 raise NonFiniteError(broken)
         # Copies: pinned memory is scarce, and comes back when these parts are let go.
         return [image.copy() for images, _ in self._parts for image in images.numpy()]
+
+    def _wait(self) -> None:
+        if self._arrived is not None:
+            self._arrived.synchronize()
 
 
 class ImageDecoder:

@@ -7,13 +7,15 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rae.models.checkpoint import Checkpoint
+from rae.server.activity import Activity
 from rae.server.devices import resolve_device
-from rae.server.errors import DeadlineError, EngineClosedError, QueueFullError
+from rae.server.errors import DeadlineError, EngineClosedError, GenerationError, QueueFullError
+from rae.server.memory import NoMemoryError
 from rae.server.request import Generated, ImageSpec, Priority, Request, Sample
 from rae.server.runner import Decoding, Runner, RunnerOptions, StepTiming
 from rae.server.scheduler import Scheduler
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 # Batches of pixels under way: without a bound decoding might fall behind, and nobody would wait.
 DECODED_AHEAD = 4
 
+T = TypeVar("T")
+Stage = Literal["step", "decode"]
 MakeScheduler = Callable[[int, int, StepTimes], Scheduler]
 
 
@@ -73,7 +77,8 @@ class Engine:
         self._scheduler = make_scheduler(self._runner.num_slots, settings.max_batch, StepTimes())
         self._wake = threading.Condition()
         self._closing = False
-        self._stepping: list[Sample] = []
+        self._activity = Activity()
+        self._step_s = self._image_s = 0.0  # what the last step was to take, and a decoded image
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         # Pixels arrive while the next steps run; on a CPU they are there when `decode` returns.
         self._receiving: deque[Future[None]] = deque()
@@ -113,15 +118,21 @@ class Engine:
 
     @property
     def max_rows(self) -> int:
+        """Of the model in a step: what was asked for, or less where that did not fit into the
+        memory."""
         return self._scheduler.max_rows
 
     def activity(self) -> tuple[float, float]:
-        return 0.0, 0.0
+        """Seconds since the step or decoding that runs began, and those it is expected to take, 0
+        where that is not known; zeros where nothing runs, and in the warm-up."""
+        return self._activity.longest()
 
     def load(self) -> tuple[float, float]:
+        """Seconds until all that was accepted is done, and rows a second in full steps."""
         with self._wake:
-            cost = self._scheduler.cost
-            return self._scheduler.drain_s(cost), self._scheduler.step_times.rate(self.max_rows)
+            scheduler = self._scheduler
+            drain_s = scheduler.drain_s(scheduler.cost)
+            return drain_s, scheduler.step_times.rate(scheduler.max_rows)
 
     def start(self) -> None:
         self._thread.start()
@@ -153,9 +164,11 @@ class Engine:
     ) -> Request:
         """Queue the images of one request; cancel it by cancelling its future.
 
+        `on_start` is called once, in the engine's thread, before the first of them is touched.
+
         Raises QueueFullError when the bound on queued cost would be passed (an idle engine takes
-        anything), DeadlineError where it cannot be done in `deadline_s` seconds by what steps took
-        so far, EngineClosedError after `close`.
+        anything, and whoever is not `bounded` is taken), DeadlineError where it cannot be done in
+        `deadline_s` seconds by what steps took so far, EngineClosedError after `close`.
         """
         now = time.perf_counter()
         request = Request(
@@ -165,10 +178,10 @@ class Engine:
             priority=priority,
             submitted_at=now,
             deadline=now + deadline_s,
+            on_start=on_start,
         )
-        request.on_start = on_start
         request.samples = [Sample(spec, request, self._runner.plan(spec)) for spec in specs]
-        cost = sum(sample.remaining_cost for sample in request.samples)
+        cost = request.cost
         with self._wake:
             if self._closing:
                 raise EngineClosedError
@@ -191,20 +204,16 @@ class Engine:
 
     def step(self) -> None:
         """One evaluation for the images whose turn it is."""
-        self._stepping = []
-        self._observe(self._runner.wait())
+        with self._activity.working(self._step_s):
+            self._observe(self._runner.wait())
         self._drop()
         with self._wake:
-            self._stepping = samples = self._scheduler.select()
-        if not samples:
-            return
-        self._place(sample for sample in samples if not sample.step)
-        cost = sum(sample.remaining_cost for sample in samples)
-        self._runner.step([(sample.slot, sample.step) for sample in samples])
-        with self._wake:
-            denoised = self._scheduler.advance(samples)
-        self._observer.evaluated(cost - sum(sample.remaining_cost for sample in samples), saved=0)
-        self._decode([sample for sample in denoised if not sample.request.future.cancelled()])
+            samples = self._scheduler.select()
+        denoised: list[Sample] = []
+        for part, _ in self._in_parts("step", samples, self._evaluate):
+            denoised += self._advance(part)
+        for part, (decoding, started) in self._in_parts("decode", denoised, self._decode):
+            self._hand_over(part, decoding, started)
 
     def _observe(self, timing: StepTiming | None) -> None:
         if timing is not None:
@@ -219,25 +228,97 @@ class Engine:
         for request in expired:
             self._end(request, DeadlineError(request.deadline - request.submitted_at))
 
-    def _place(self, samples: Iterable[Sample]) -> None:
-        now = time.perf_counter()
-        for sample in samples:
-            if not sample.request.started_at and sample.request.on_start:
-                sample.request.on_start()
-            self._runner.start(sample.slot, sample.spec)
-            if not sample.request.started_at:
-                sample.request.started_at = now
-                self._observer.queued(now - sample.request.submitted_at)
+    def _in_parts(
+        self, stage: Stage, samples: Sequence[Sample], work: Callable[[Sequence[Sample]], T]
+    ) -> Iterator[tuple[Sequence[Sample], T]]:
+        """What `work` gives for `samples`: for halves of them where it fails, and so on. Who fails
+        alone is told why; of those who left meanwhile nothing is wanted."""
+        parts = [samples]
+        while parts:
+            part = [sample for sample in parts.pop() if not sample.request.future.done()]
+            if not part:
+                continue
+            with self._activity.working(self._expected_s(stage, part)):
+                result = self._try(stage, part, work)
+            if not isinstance(result, GenerationError):
+                yield part, result
+            elif len(part) == 1:
+                self._fail(result, {part[0].request})
+            else:
+                if result.reason == "out_of_memory":
+                    self._shrink(stage, part)
+                half = len(part) // 2
+                parts += [part[half:], part[:half]]
 
-    def _decode(self, samples: Sequence[Sample]) -> None:
-        if not samples:
-            return
-        started = time.perf_counter()
+    def _try(
+        self, stage: Stage, samples: Sequence[Sample], work: Callable[[Sequence[Sample]], T]
+    ) -> T | GenerationError:
+        """What `work` gives, or what is to be said of its failure; raises what the device does not
+        recover from."""
         try:
-            decoding = self._runner.decode([sample.slot for sample in samples])
-        except Exception as error:  # the others' steps go on
-            self._fail_decoded(samples, error)
+            return work(samples)
+        except NoMemoryError as error:
+            log.warning("no memory for a %s of %d images: %s", stage, len(samples), str(error))
+        except Exception as error:
+            log.exception("a %s of %d images failed", stage, len(samples))
+            if not self._runner.works():
+                raise
+            message = f"a {stage} failed ({type(error).__name__}); the server's log says where"
+            return GenerationError(stage, message)
+        self._runner.free()  # out here: the exception held what had been computed
+        return GenerationError("out_of_memory", f"a {stage} did not fit into the memory")
+
+    def _shrink(self, stage: Stage, samples: Sequence[Sample]) -> None:
+        """So many at a time do not fit into the memory, and will not be tried again."""
+        if stage == "decode":
+            images = self._runner.shrink_decoding(len(samples))
+            log.warning("from now on at most %d images are decoded at a time", images)
             return
+        smaller = self._runner.buckets.below(sum(s.plan.model_rows(s.step) for s in samples))
+        if smaller is not None:
+            with self._wake:
+                self._scheduler.max_rows = min(self._scheduler.max_rows, smaller.largest)
+            log.warning("from now on a step has at most %d rows", self.max_rows)
+
+    def _expected_s(self, stage: Stage, samples: Sequence[Sample]) -> float:
+        """0 where no such thing was measured yet."""
+        if stage == "decode":
+            return self._image_s * len(samples)
+        rows = sum(sample.plan.model_rows(sample.step) for sample in samples)
+        guide_rows = sum(sample.plan.guide_rows(sample.step) for sample in samples)
+        times = self._scheduler.step_times
+        return times.seconds(rows, guide_rows) if times.model else 0.0
+
+    def _evaluate(self, samples: Sequence[Sample]) -> None:
+        """Where this raises it may be tried again: nobody has advanced."""
+        for sample in samples:
+            if not sample.step:
+                self._place(sample)
+        self._runner.step([(sample.slot, sample.step) for sample in samples])
+
+    def _place(self, sample: Sample) -> None:
+        request = sample.request
+        if not request.started_at:
+            request.started_at = time.perf_counter()
+            self._observer.queued(request.started_at - request.submitted_at)
+            if request.on_start is not None:
+                request.on_start()
+        self._runner.start(sample.slot, sample.spec)
+
+    def _advance(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Count what was evaluated; those for whom it was the last."""
+        self._step_s = self._expected_s("step", samples)
+        rows = sum(sample.plan.cost(sample.step) for sample in samples)
+        saved = sum(sample.plan.saved(sample.step) for sample in samples)
+        self._observer.evaluated(rows, saved)
+        with self._wake:
+            return self._scheduler.advance(samples)
+
+    def _decode(self, samples: Sequence[Sample]) -> tuple[Decoding, float]:
+        started = time.perf_counter()
+        return self._runner.decode([sample.slot for sample in samples]), started
+
+    def _hand_over(self, samples: Sequence[Sample], decoding: Decoding, started: float) -> None:
         if self._receiver is None:
             self._receive(samples, decoding, started)
             return
@@ -246,21 +327,28 @@ class Engine:
             self._receiving.popleft().result()
 
     def _receive(self, samples: Sequence[Sample], decoding: Decoding, started: float) -> None:
+        """Their slots may hold others by now: what fails here cannot be tried again."""
         try:
-            images = decoding.images()
-        except Exception as error:
-            self._fail_decoded(samples, error)
-        else:
-            self._deliver(samples, images, started)
-
-    def _fail_decoded(self, samples: Sequence[Sample], error: Exception) -> None:
-        log.error("a decoding failed", exc_info=error)
-        self._fail(error, {sample.request for sample in samples})
+            with self._activity.working(self._image_s * len(samples)):
+                images = self._try("decode", samples, lambda _: decoding.images())
+        except Exception as error:  # in a thread whose exceptions nobody sees
+            self._give_up("the engine failed", error)
+            return
+        if isinstance(images, GenerationError):
+            self._fail(images, {sample.request for sample in samples})
+            return
+        for sample, is_finite in zip(samples, decoding.finite(), strict=True):
+            if not is_finite:
+                label, seed = sample.spec.class_label, sample.spec.seed
+                message = f"the image of class {label} and seed {seed} is not finite"
+                self._fail(GenerationError("non_finite", message), {sample.request})
+        self._deliver(samples, images, started)
 
     def _deliver(
         self, samples: Sequence[Sample], images: Sequence[np.ndarray], started: float
     ) -> None:
         now = time.perf_counter()
+        self._image_s = (now - started) / len(samples)
         self._observer.decoded(len(samples), now - started)
         for sample, image in zip(samples, images, strict=True):
             sample.image = image
@@ -288,12 +376,8 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception as error:  # those in this step are told, and the loop goes on
-                if not self._stepping or not self._runner.works():
-                    self._give_up("the engine failed", error)
-                else:
-                    log.exception("a step failed")
-                    self._fail(error, {sample.request for sample in self._stepping})
+            except Exception as error:  # no request's fault: nothing here can be relied on
+                self._give_up("the engine failed", error)
 
     def _give_up(self, what: str, error: Exception) -> None:
         log.error(what, exc_info=error)
@@ -301,7 +385,8 @@ class Engine:
         self.ready = False
         with self._wake:
             self._closing = True
-        self._fail(error, self._scheduler.requests)
+            self._wake.notify()
+        self._fail(EngineClosedError(), self._scheduler.requests)
 
     def _warm_up(self) -> None:
         def say(text: str) -> None:

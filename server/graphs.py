@@ -40,6 +40,13 @@ class Buckets:
             return rows
         return self.sizes[bisect_left(self.sizes, rows)]
 
+    def below(self, rows: int) -> Buckets | None:
+        """Those in which less is evaluated than for `rows`: half of them where any number goes."""
+        if self.sizes is None:
+            return Buckets(rows // 2, None) if rows > 1 else None
+        sizes = self.sizes[: bisect_left(self.sizes, rows)]
+        return Buckets(sizes[-1], sizes) if sizes else None
+
 
 class Replayed:
     """`function(rows)` of fixed buffers; with `captures` a CUDA graph for each number of rows, made

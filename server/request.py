@@ -42,8 +42,9 @@ class Plan:
     """How the images of one setting are evaluated; the numbers are those of fp32.
 
     `times` are the grid's points. `guided` says at which evaluations there is a second, weaker
-    branch, of the model ("cfg") or of the guide. `costs` is what remains before each evaluation, in
-    rows of the model (a row of the guide counts by its parameters), and falls to 0 at the end.
+    branch, of the model ("cfg") or of the guide, which costs `second`. `costs` is what remains
+    before each evaluation, in rows of the model (a row of the guide counts by its parameters), and
+    falls to 0 at the end.
     """
 
     times: tuple[float, ...]
@@ -51,6 +52,15 @@ class Plan:
     method: GuidanceMethod
     guided: tuple[bool, ...]
     costs: tuple[float, ...]
+    second: float = 1.0
+
+    def cost(self, step: int) -> float:
+        """What this evaluation takes, in rows of the model."""
+        return self.costs[step] - self.costs[step + 1]
+
+    def saved(self, step: int) -> float:
+        """What a second branch here would add, where an image with guidance goes without."""
+        return 0.0 if self.guided[step] or self.scale <= 1 else self.second
 
     def model_rows(self, step: int) -> int:
         return 2 if self.guided[step] and self.method == "cfg" else 1
@@ -100,15 +110,17 @@ class Request:
     """The client's share of the device, against that of other clients."""
     priority: Priority = "normal"
     deadline: float = math.inf
+    on_start: Callable[[], None] | None = None
+    """Called in the engine's thread before the first of its samples is."""
     samples: list[Sample] = field(default_factory=list)
     future: Future[Generated] = field(default_factory=Future)
     submitted_at: float = field(default_factory=time.perf_counter)
     started_at: float = 0.0
     num_running: int = 0
-    on_start: Callable[[], None] | None = None
 
     @property
     def cost(self) -> float:
+        """Of all its images from their start, in rows of the model."""
         return sum(sample.plan.costs[0] for sample in self.samples)
 
     @property

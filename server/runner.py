@@ -35,6 +35,7 @@ from rae.server.devices import (
 )
 from rae.server.evaluation import Evaluation
 from rae.server.graphs import Buckets, compile_regions, keep_compiled
+from rae.server.memory import free_cached, memory_errors
 from rae.server.request import ImageSpec, Plan
 from rae.server.settings import Attention, Compile, Kernels, Precision
 
@@ -197,10 +198,12 @@ class Runner:
             method=method,
             guided=guided,
             costs=tuple(falling)[::-1],
+            second=second,
         )
 
+    @memory_errors()
     def start(self, slot: int, spec: ImageSpec) -> None:
-        """Put an image's noise into a slot."""
+        """Put an image's noise into a slot; once more is no harm. Raises NoMemoryError."""
         noise = draw_noise(self.config.dit_dh.latent_shape, [spec.seed])[0].flatten(1).T
         if self.device.type == "cuda":  # a copy from memory that is not pinned waits for all steps
             noise = noise.contiguous().pin_memory()
@@ -214,10 +217,15 @@ class Runner:
         elif self.guide is not None:
             self.guide.keep((spec.class_label, t) for t in second)
 
+    @memory_errors()
     @torch.inference_mode()
     def step(self, rows: Sequence[tuple[int, int]]) -> None:
         """One evaluation and Euler update for each (slot, step) of `rows`; slots are distinct. On
-        CUDA it is only enqueued."""
+        CUDA it is only enqueued.
+
+        The update is the last that is done: where this raises, NoMemoryError or another, no latents
+        have changed, and after `works` or `free` the same may be tried again.
+        """
         self.wait()
         num_model, num_guide = self._describe(rows)
         started = time.perf_counter()
@@ -258,8 +266,19 @@ class Runner:
             over = StepTiming(num_model, num_guide, begin.elapsed_time(end) / 1000)
         return over
 
+    def free(self) -> None:
+        """After NoMemoryError was handled: wait for the steps, and let go of what is cached."""
+        free_cached(self.device)
+
+    def shrink_decoding(self, images: int) -> int:
+        """Decode fewer at a time than it takes for `images`, if fewer are possible; how many."""
+        smaller = self.decoder.buckets.below(min(images, self.decoder.buckets.largest))
+        self.decoder.buckets = smaller or self.decoder.buckets
+        return self.decoder.buckets.largest
+
     def works(self) -> bool:
-        """False after a fault that a CUDA device does not recover from in this process."""
+        """Wait for the steps; False after a fault that a CUDA device does not recover from in this
+        process."""
         try:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -332,9 +351,10 @@ class Runner:
             )
         self.latents[indices] = latents.flatten(2).transpose(1, 2)
 
+    @memory_errors()
     @torch.inference_mode()
     def decode(self, slots: Sequence[int], *, truncate: bool = False) -> Decoding:
         """Images of the latents in `slots`, which may be started anew at once. Pixels are rounded,
-        or truncated as published."""
+        or truncated as published. Raises NoMemoryError."""
         latents = self.latents[to_device(slots, torch.int64, self.device)]
         return self.decoder.decode(slots, latents, truncate=truncate)

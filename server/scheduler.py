@@ -58,7 +58,7 @@ class Scheduler:
         return sum(map(len, self.waiting.values()))
 
     def add(self, request: Request) -> None:
-        cost = sum(sample.remaining_cost for sample in request.samples)
+        cost = request.cost
         self.waiting[request] = deque(request.samples)
         self._started[request] = {}
         self._costs[request] = cost
@@ -197,8 +197,8 @@ class Scheduler:
         model_rows = guide_rows = 0
         requests: set[Request] = set()
         for number, sample in enumerate(samples, 1):
-            costs, step = sample.plan.costs, sample.step
-            work += costs[step] - costs[step + 1]
+            step = sample.step
+            work += sample.plan.cost(step)
             model_rows += sample.plan.model_rows(step)
             guide_rows += sample.plan.guide_rows(step)
             requests.add(sample.request)

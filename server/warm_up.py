@@ -15,6 +15,7 @@ import torch
 from rae.models.cache import cache_folder
 from rae.models.checkpoint import Checkpoint
 from rae.server.graphs import Buckets, Replayed, allow_compilations
+from rae.server.memory import NoMemoryError, memory_errors
 from rae.server.request import ImageSpec
 from rae.server.runner import Runner
 from rae.server.step_times import StepTimes
@@ -74,8 +75,9 @@ def make_ready(rows: Replayed, buckets: Buckets, name: str, say: Say, smallest: 
 
 def fits(rows: Replayed, size: int) -> bool:
     try:
-        rows(size)
-    except torch.OutOfMemoryError:
+        with memory_errors():
+            rows(size)
+    except NoMemoryError:
         pass
     else:
         return True

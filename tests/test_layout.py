@@ -44,6 +44,7 @@ MAY_TOUCH_TENSORS = {
         "devices",
         "evaluation",
         "graphs",
+        "memory",
         "runner",
         "warm_up",
     )
