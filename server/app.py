@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import re
@@ -21,6 +22,7 @@ from rae.models import labels
 from rae.models.checkpoint_config import CheckpointConfig
 from rae.server import errors
 from rae.server.access import Access
+from rae.server.accounting import AccountMiddleware
 from rae.server.generate import Generate
 from rae.server.images import mime_type
 from rae.server.limits import Limits
@@ -40,6 +42,7 @@ from rae.server.schemas import (
 )
 from rae.server.serve_settings import ServeSettings
 from rae.server.settings import ImageFormat, server_version
+from rae.server.tracing import Tracing
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,64}")
 EXPOSED_HEADERS = ("X-Seed", "X-Request-Id", "X-Evaluations", "Server-Timing", "Retry-After")
@@ -50,15 +53,23 @@ SUMMARY = (
 
 
 def create_app(
-    pool: Pool, config: CheckpointConfig, sha256: str, metrics: Metrics, settings: ServeSettings
+    pool: Pool,
+    config: CheckpointConfig,
+    sha256: str,
+    metrics: Metrics,
+    settings: ServeSettings,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
-    """The app for the checkpoint that `pool` serves; its lifespan starts and closes the pool."""
+    """The app for the checkpoint that `pool` serves; its lifespan starts and closes the pool, and
+    closes `tracing`."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await pool.start()
         yield
         await pool.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="rae-server",
@@ -66,7 +77,6 @@ def create_app(
         description=SUMMARY,
         lifespan=lifespan,
     )
-    app.add_middleware(RequestIdMiddleware)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -75,6 +85,8 @@ def create_app(
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )
+    app.add_middleware(AccountMiddleware, metrics=metrics, tracing=tracing)
+    app.add_middleware(RequestIdMiddleware)
     errors.add_error_handlers(app)
     add_routes(app, Service(pool, config, sha256, metrics, settings))
     return app

@@ -59,10 +59,11 @@ def root(
 def serve(settings: ServeSettings) -> None:
     """Serve a checkpoint over HTTP: POST /generate, docs at /docs."""
     stopping = Stopping()
+    from rae.server.logs import announcer
     from rae.server.serve import prepare
 
     try:
-        server = prepare(settings, typer.echo)
+        server = prepare(settings, announcer(settings.log_format))
     except (ValueError, OSError) as error:
         fail(str(error))
     failure = server.serve_until_stopped(stopping)

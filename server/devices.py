@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -109,6 +109,33 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+class DeviceUse(NamedTuple):
+    """Of a GPU, by all processes; `watts` is None where NVML does not say."""
+
+    memory_used: int
+    memory_total: int
+    watts: float | None
+
+
+def device_use(device: torch.device) -> DeviceUse | None:
+    """None on a CPU, and for a GPU that does not answer."""
+    if device.type != "cuda":
+        return None
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:
+        return None
+    return DeviceUse(total - free, total, power_watts(device))
+
+
+def power_watts(device: torch.device) -> float | None:
+    """None without the nvml extra, and where NVML fails, as it may in a container."""
+    try:
+        return torch.cuda.power_draw(device) / 1000
+    except Exception:  # NVMLError is a class of an optional library; a gauge is worth no failure
+        return None
 
 
 def conditioning_bytes(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rae.models.checkpoint import Checkpoint
 from rae.server.activity import Activity
-from rae.server.devices import resolve_device
+from rae.server.devices import DeviceUse, device_use, resolve_device
 from rae.server.errors import DeadlineError, EngineClosedError, GenerationError, QueueFullError
 from rae.server.memory import NoMemoryError
 from rae.server.request import Generated, ImageSpec, Priority, Request, Sample
@@ -133,6 +133,10 @@ class Engine:
             scheduler = self._scheduler
             drain_s = scheduler.drain_s(scheduler.cost)
             return drain_s, scheduler.step_times.rate(scheduler.max_rows)
+
+    def use(self) -> DeviceUse | None:
+        """What of the device is in use; None where that is not known."""
+        return device_use(self._runner.device)
 
     def start(self) -> None:
         self._thread.start()
@@ -311,6 +315,11 @@ class Engine:
         rows = sum(sample.plan.cost(sample.step) for sample in samples)
         saved = sum(sample.plan.saved(sample.step) for sample in samples)
         self._observer.evaluated(rows, saved)
+        now = time.perf_counter()
+        for request in {sample.request for sample in samples if not sample.step}:
+            if not request.is_begun:
+                request.is_begun = True
+                self._observer.first_stepped(now - request.submitted_at)
         with self._wake:
             return self._scheduler.advance(samples)
 

@@ -14,9 +14,16 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from rae.server.metrics import Outcome
-
-FailureReason = Literal["step", "decode", "encode", "non_finite", "out_of_memory"]
+FailureReason = Literal[
+    "step",
+    "decode",
+    "encode",
+    "non_finite",
+    "out_of_memory",
+    "worker_died",
+    "shutting_down",
+    "internal",
+]
 
 DRAIN_S = 30.0
 
@@ -38,7 +45,8 @@ class ApiError(Exception):
 
     status: ClassVar[int]
     type: ClassVar[str]
-    outcome: ClassVar[Outcome] = "invalid"
+    reason: FailureReason = "internal"
+    """What an accepted request that ends so is counted under, if that is a failure."""
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -111,7 +119,7 @@ class RetryLaterError(ApiError):
     """`retry_after_s` is what was computed. Clients are told whole seconds, up to half as many
     more at random, or those that are refused together would come back together."""
 
-    status, outcome = 429, "rejected"
+    status = 429
 
     def __init__(
         self, reason: str, retry_after_s: float, draw: Callable[[int], int] = random.randrange
@@ -157,7 +165,7 @@ class RateLimitedError(RetryLaterError):
 class ClientGoneError(ApiError):
     """Nobody reads this answer; 499 is what proxies log for it."""
 
-    status, type, outcome = 499, "client_gone", "cancelled"
+    status, type = 499, "client_gone"
 
     def __init__(self) -> None:
         super().__init__("the client disconnected")
@@ -166,7 +174,7 @@ class ClientGoneError(ApiError):
 class DeadlineError(ApiError):
     """`predicted_s` is None where the time had run out already."""
 
-    status, type, outcome = 504, "deadline_exceeded", "expired"
+    status, type = 504, "deadline_exceeded"
 
     def __init__(self, deadline_s: float, predicted_s: float | None = None) -> None:
         self.deadline_s, self.predicted_s = deadline_s, predicted_s
@@ -186,7 +194,8 @@ class DeadlineError(ApiError):
 
 
 class EngineClosedError(ApiError):
-    status, type, outcome = 503, "shutting_down", "failed"
+    status, type = 503, "shutting_down"
+    reason: FailureReason = "shutting_down"
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down")
@@ -195,7 +204,7 @@ class EngineClosedError(ApiError):
 class NotReadyError(ApiError):
     """No worker is ready, for these reasons."""
 
-    status, type, outcome = 503, "not_ready", "failed"
+    status, type = 503, "not_ready"
 
     def __init__(self, reasons: Sequence[str], retry_after_s: float) -> None:
         self.retry_after_s = retry_after_s
@@ -209,7 +218,8 @@ class NotReadyError(ApiError):
 class WorkerDiedError(ApiError):
     """The worker of a request died, and it is not tried again."""
 
-    status, type, outcome = 503, "worker_died", "failed"
+    status, type = 503, "worker_died"
+    reason: FailureReason = "worker_died"
 
     def __init__(self, deaths: int) -> None:
         times = "once" if deaths == 1 else f"{deaths} times"
@@ -217,7 +227,7 @@ class WorkerDiedError(ApiError):
 
 
 class RequestCancelledError(ApiError):
-    status, type, outcome = 499, "cancelled", "cancelled"
+    status, type = 499, "cancelled"
 
     def __init__(self) -> None:
         super().__init__("the request was cancelled by DELETE /requests/{id}")
@@ -226,10 +236,10 @@ class RequestCancelledError(ApiError):
 class GenerationError(ApiError):
     """The images of one accepted request could not be made; nobody else is touched."""
 
-    status, type, outcome = 500, "generation_failed", "failed"
+    status, type = 500, "generation_failed"
 
     def __init__(self, reason: FailureReason, message: str) -> None:
-        self.reason: FailureReason = reason
+        self.reason = reason
         super().__init__(message)
 
 
@@ -270,6 +280,7 @@ def error_response(
 
 async def _api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
+    request.scope["state"]["failure"] = error.reason
     return error_response(
         request,
         error.status,

@@ -18,9 +18,10 @@ from starlette.requests import ClientDisconnect
 from rae.models.checkpoint_config import CheckpointConfig
 from rae.server import errors
 from rae.server.access import Access, Client
+from rae.server.account import Account
 from rae.server.images import describe, encode, mime_type
 from rae.server.limits import Limits, shown
-from rae.server.metrics import Metrics, Outcome
+from rae.server.metrics import Metrics
 from rae.server.pool import Pool
 from rae.server.rate_limits import RateLimits
 from rae.server.request import Generated, ImageSpec
@@ -47,7 +48,7 @@ class Running(NamedTuple):
 
 
 class Generate:
-    """The route. Every request is counted once, by how it ended."""
+    """The route. How a request ended is counted around it, by `AccountMiddleware`."""
 
     def __init__(
         self,
@@ -68,26 +69,12 @@ class Generate:
         self._running: dict[str, set[Running]] = {}
 
     async def respond(self, http: Request) -> Response:
-        outcome: Outcome = "failed"
-        started = time.perf_counter()
-        try:
-            response = await self._answer(http)
-            outcome = "done"
-            self.metrics.request_seconds.observe(time.perf_counter() - started)
-            return response
-        except errors.ApiError as error:
-            outcome = error.outcome
-            raise
-        except asyncio.CancelledError:
-            outcome = "cancelled"
-            raise
-        finally:
-            self.metrics.count(outcome)
-
-    async def _answer(self, http: Request) -> Response:
         client = self.access.client(http)
         asked = parse_request(await read_json(http, self.max_body_bytes), self.limits)
         specs = asked.specs(self.limits)
+        account: Account = http.state.account
+        account.facts |= told(specs, self.limits)
+        account.facts["owner"] = client.name
         generated = await self._run(specs, asked, http, client)
         started = time.perf_counter()
         descriptions = self._describe(specs)
@@ -101,6 +88,7 @@ class Generate:
             "decode": 1000 * generated.decode_s,
             "encode": 1000 * encode_s,
         }
+        account.took(timings_ms)
         headers = {
             "x-seed": str(specs[0].seed),
             "x-evaluations": str(specs[0].num_evaluations),
@@ -163,7 +151,7 @@ class Generate:
                 weight=client.weight,
                 priority=asked.priority or "normal",
                 deadline_s=asked.deadline_ms / 1000 if asked.deadline_ms else math.inf,
-                on_accepted=partial(self._accepted, client.name),
+                on_accepted=partial(self._accepted, http.state.account, client.name),
             )
         )
         one = Running(client.name, work)
@@ -184,7 +172,8 @@ class Generate:
             if not running:
                 del self._running[request_id]
 
-    def _accepted(self, client: str, cost: float) -> None:
+    def _accepted(self, account: Account, client: str, cost: float) -> None:
+        account.accept()
         self.rate_limits.charge(client, cost, time.monotonic())
 
     async def cancel(self, http: Request, request_id: str) -> Cancelled:
@@ -201,6 +190,18 @@ class Generate:
         for one in running:
             one.work.cancel()
         return Cancelled(request_id=request_id)
+
+
+def told(specs: Sequence[ImageSpec], limits: Limits) -> dict[str, int | float | None]:
+    """What a log line and a span say of a request; all of its images differ in the seed alone."""
+    first = specs[0]
+    return {
+        "class_id": None if first.class_label == limits.null_label else first.class_label,
+        "steps": first.steps,
+        "evaluations": first.num_evaluations,
+        "cfg": first.cfg,
+        "n": len(specs),
+    }
 
 
 async def disconnected(http: Request) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rae.server.errors import ApiError
 from rae.server.request import Generated, ImageSpec, Priority
+from rae.server.serve_settings import LogFormat, LogLevel
 from rae.server.settings import EngineSettings
 
 LENGTH = struct.Struct("!I")
@@ -28,7 +29,8 @@ class Start:
     settings: EngineSettings
     index: int
     num_workers: int
-    log_level: str
+    log_level: LogLevel
+    log_format: LogFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,8 @@ class Beat:
     expected_s: float = 0.0
     drain_s: float = 0.0
     rows_per_s: float = 1.0
+    use: tuple[int, int, float | None] | None = None
+    """Of the device: bytes used, bytes there are, watts."""
     observations: Sequence[tuple[str, tuple[float, ...]]] = ()
 
 

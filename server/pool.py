@@ -97,6 +97,18 @@ class Pool:
         return sum(worker.beat.queued_cost for worker in self.workers)
 
     @property
+    def max_rows(self) -> int:
+        return sum(worker.beat.max_rows for worker in self.workers)
+
+    @property
+    def num_slots(self) -> int:
+        return sum(worker.facts.num_slots for worker in self._supervisor.ready if worker.facts)
+
+    @property
+    def workers_ready(self) -> int:
+        return len(self._supervisor.ready)
+
+    @property
     def in_flight(self) -> int:
         """Requests that are not answered yet."""
         return len(self._open)
@@ -171,6 +183,9 @@ class Pool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def restarted(self) -> None:
+        self._metrics.worker_restarted()
+
     def kill(self, index: int) -> None:
         if index in self._processes:
             self._processes[index].kill()
@@ -194,9 +209,13 @@ class Pool:
             future.set_result(result)
 
     def retried(self, ticket: Ticket) -> None:
-        log.warning("request %s is tried again: its worker died", ticket.request_id)
+        if ticket.is_accepted:
+            self._metrics.retried()
+        fields = {"request_id": ticket.request_id}
+        log.warning("a request is tried again: its worker died", extra=fields)
 
     def recovered(self, seconds: float) -> None:
+        self._metrics.worker_recovered(seconds)
         log.warning("a worker is ready again, %.1f s after its death", seconds)
 
     def _now(self) -> float:
@@ -234,6 +253,7 @@ class Pool:
             index=index,
             num_workers=len(self.workers),
             log_level=self._settings.log_level,
+            log_format=self._settings.log_format,
         )
         writer.write(messages.frame(start))
         reason = ""
@@ -264,6 +284,7 @@ class Pool:
         if isinstance(message, messages.Beat):
             for name, arguments in message.observations:
                 getattr(self._metrics, name)(*arguments)
+            self._metrics.device(index, *(message.use or (None, None, None)))
         self._supervisor.heard(index, message, self._now())
 
 

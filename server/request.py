@@ -117,6 +117,8 @@ class Request:
     submitted_at: float = field(default_factory=time.perf_counter)
     started_at: float = 0.0
     num_running: int = 0
+    is_begun: bool = False
+    """Whether a step of it is over."""
 
     @property
     def cost(self) -> float:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from rae.models.checkpoint_config import read_config
+from rae.server import logs
 from rae.server.access import proxies
 from rae.server.app import create_app
 from rae.server.environment import unknown_variables
@@ -21,6 +22,7 @@ from rae.server.metrics import Metrics
 from rae.server.pool import Pool
 from rae.server.serve_settings import ServeSettings
 from rae.server.stopping import Stopping
+from rae.server.tracing import start_tracing
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +97,11 @@ def prepare(settings: ServeSettings, say: Callable[[str], None]) -> Server:
 
     Raises ValueError or OSError for a setting or a checkpoint that cannot be used.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s: %(message)s")
+    logs.configure(settings.log_level, settings.log_format)
     for line in unknown_variables(os.environ):
         log.warning(line)
     forwarded_allow_ips = proxies(settings.trusted_proxies)
+    tracing = start_tracing(settings.otel)
     # A published model may be downloaded here: nobody should be let in to wait for that.
     folder = settings.find_folder(say)
     # Before a model is loaded, so that a port that is taken is said at once.
@@ -107,7 +110,7 @@ def prepare(settings: ServeSettings, say: Callable[[str], None]) -> Server:
         checkpoint, sha256 = read_config(folder)
         metrics = Metrics()
         pool = Pool(folder, settings, metrics)
-        app = create_app(pool, checkpoint, sha256, metrics, settings)
+        app = create_app(pool, checkpoint, sha256, metrics, settings, tracing)
     except (ValueError, OSError):
         listener.close()
         raise
@@ -115,7 +118,9 @@ def prepare(settings: ServeSettings, say: Callable[[str], None]) -> Server:
     say(f"Loading {checkpoint.name} ...")
     config = uvicorn.Config(
         app,
+        log_config=None,
         log_level=settings.log_level,
+        access_log=False,
         root_path=settings.root_path,
         timeout_graceful_shutdown=ANSWER_S,
         backlog=BACKLOG,

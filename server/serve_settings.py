@@ -11,9 +11,10 @@ import typer
 from rae.server.settings import EngineSettings
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 
 WORKERS, HTTP, LIMITS = "Workers", "HTTP", "Limits of one request"
-ACCESS = "Who may ask, and how much"
+ACCESS, TELEMETRY = "Who may ask, and how much", "Logs and traces"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +85,29 @@ class ServeSettings(EngineSettings):
     log_level: Annotated[
         LogLevel,
         typer.Option(
-            help="Requests are logged at info.", envvar="RAE_LOG_LEVEL", rich_help_panel=HTTP
+            help="Requests are logged at info, those for health and metrics at debug.",
+            envvar="RAE_LOG_LEVEL",
+            rich_help_panel=TELEMETRY,
         ),
     ] = "info"
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(
+            help="Of stderr; json is one object a line, and stdout stays empty.",
+            envvar="RAE_LOG_FORMAT",
+            rich_help_panel=TELEMETRY,
+        ),
+    ] = "text"
+    otel: Annotated[
+        bool,
+        typer.Option(
+            "--otel",
+            help="Send OpenTelemetry traces of requests, also where OTEL_EXPORTER_OTLP_ENDPOINT is "
+            "set. The OTEL_ variables say where and how.",
+            envvar="RAE_OTEL",
+            rich_help_panel=TELEMETRY,
+        ),
+    ] = False
     max_steps: Annotated[
         int,
         typer.Option(help="Largest steps.", envvar="RAE_MAX_STEPS", min=2, rich_help_panel=LIMITS),

@@ -70,6 +70,7 @@ class World(Protocol):
     """What a supervisor does."""
 
     def spawn(self, index: int) -> None: ...
+    def restarted(self) -> None: ...
     def kill(self, index: int) -> None: ...
     def send(self, index: int, message: messages.ToWorker) -> None: ...
     def accepted(self, ticket: Ticket, cost: float) -> None: ...
@@ -298,7 +299,9 @@ class Supervisor:
         self.workers += [WorkerState(index) for index in range(len(self.workers), num_workers)]
 
     def _start(self, worker: WorkerState, now: float) -> None:
-        worker.restarts += worker.died_at is not None
+        if worker.died_at is not None:
+            worker.restarts += 1
+            self._world.restarted()
         worker.state, worker.reason, worker.failure = "starting", "the worker is starting", ""
         worker.spawned_at = worker.heard_at = now
         worker.ready_at = None

@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
-from rae.server import messages
+from rae.server import logs, messages
 from rae.server.errors import ApiError, GenerationError
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ class Relay:
 
     def queued(self, seconds: float) -> None:
         self._calls.append(("queued", (seconds,)))
+
+    def first_stepped(self, seconds: float) -> None:
+        self._calls.append(("first_stepped", (seconds,)))
 
     def stepped(self, rows: int, seconds: float) -> None:
         self._calls.append(("stepped", (rows, seconds)))
@@ -72,7 +75,7 @@ class Worker:
         try:
             start = messages.receive(self._connection)
             assert isinstance(start, messages.Start)
-            logging.basicConfig(level=start.log_level.upper(), format="%(levelname)s: %(message)s")
+            logs.configure(start.log_level, start.log_format, start.index)
             threading.Thread(target=self._report, name="report", daemon=True).start()
             self._engine = engine = self._load(start)
             engine.start()
@@ -185,6 +188,7 @@ class Worker:
             expected_s=expected_s,
             drain_s=drain_s,
             rows_per_s=rows_per_s,
+            use=engine.use(),
             observations=self._relay.take(),
         )
 

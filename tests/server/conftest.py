@@ -20,6 +20,7 @@ from rae.server.app import create_app
 from rae.server.metrics import Metrics
 from rae.server.pool import COMMAND, Pool
 from rae.server.serve_settings import ServeSettings
+from rae.server.tracing import Tracing
 
 START_S = 60
 STOP_S = 20
@@ -48,7 +49,10 @@ def make_client(tiny_checkpoint: Path) -> MakeClient:
 
     @contextmanager
     def make(
-        folder: Path = tiny_checkpoint, command: Sequence[str] = COMMAND, **settings: object
+        folder: Path = tiny_checkpoint,
+        command: Sequence[str] = COMMAND,
+        tracing: Tracing | None = None,
+        **settings: object,
     ) -> Iterator[TestClient]:
         values: dict[str, Any] = {"device": "cpu", "precision": "fp32", "max_batch": 8}
         values.update(settings)
@@ -56,7 +60,7 @@ def make_client(tiny_checkpoint: Path) -> MakeClient:
         (config, sha256), metrics = read_config(folder), Metrics()
         pool = Pool(folder, chosen, metrics, command)
         metrics.watch(pool, config.name)
-        app = create_app(pool, config, sha256, metrics, chosen)
+        app = create_app(pool, config, sha256, metrics, chosen, tracing)
         with TestClient(app, root_path=chosen.root_path, raise_server_exceptions=False) as client:
             until(lambda: pool.ready)
             yield client
@@ -102,6 +106,14 @@ def serve(
             process.wait(STOP_S)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def faulty_worker() -> Callable[..., Sequence[str]]:
+    """What starts a worker in which the image of seed 666 + i brings the i-th fault: pairs of a
+    stage and one of FAULTS in faulty_worker.py."""
+    script = Path(__file__).with_name("faulty_worker.py")
+    return lambda *pairs: (sys.executable, "-P", str(script), *pairs)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,8 @@
-"""A real worker process in which the image of one seed brings a fault: run by test_faults.py."""
+"""A real worker process in which the images of some seeds bring faults.
+
+Arguments are pairs of a stage and a fault, then what a worker gets; the images of the i-th pair have
+seed FAULTY + i.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,14 +22,16 @@ from rae.server.worker import Worker, main
 FAULTY = 666
 AT_STEP = 3
 
+faults: dict[tuple[str, int], Callable[[], None]] = {}
+connections: list[socket.socket] = []
 
-def broken() -> None:
+
+def fail() -> None:
     raise RuntimeError("a fault, with /a/path in it")
 
 
-def out_of_memory() -> None:
-    global FAULTY
-    FAULTY = -1  # there is room for smaller steps
+def run_out_of_memory() -> None:
+    faults.clear()  # there is room for smaller steps
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -47,18 +53,24 @@ def hang_up() -> None:
     hang()
 
 
-connections: list[socket.socket] = []
-faults = {
+FAULTS = {
+    "raise": fail,
+    "out of memory": run_out_of_memory,
     "die": die,
     "hang": hang,
     "garbage": send_garbage,
     "hang up": hang_up,
-    "raise": broken,
-    "out of memory": out_of_memory,
+    "slow": lambda: time.sleep(0.5),
+    "nan": lambda: None,
 }
 
 
-def install(stage: str, fault: str) -> None:
+def bring(stage: str, seeds: Sequence[int]) -> None:
+    for seed in seeds:
+        faults.get((stage, seed), lambda: None)()
+
+
+def install() -> None:
     start, step, decode, init = Runner.start, Runner.step, Runner.decode, Worker.__init__
 
     def watched_init(self: Worker, connection: socket.socket) -> None:
@@ -69,21 +81,17 @@ def install(stage: str, fault: str) -> None:
         return [self._images[slot][0].seed for slot in slots]
 
     def faulty_start(self: Runner, slot: int, spec: ImageSpec) -> None:
-        if stage == "admit" and spec.seed == FAULTY:
-            faults[fault]()
+        bring("admit", [spec.seed])
         start(self, slot, spec)
-        if stage == "latents" and spec.seed == FAULTY:
+        if ("latents", spec.seed) in faults:
             self.latents[slot].fill_(float("nan"))
 
     def faulty_step(self: Runner, rows: Sequence[tuple[int, int]]) -> None:
-        at = [slot for slot, number in rows if number == AT_STEP]
-        if stage == "step" and FAULTY in seeds(self, at):
-            faults[fault]()
+        bring("step", seeds(self, [slot for slot, number in rows if number == AT_STEP]))
         step(self, rows)
 
     def faulty_decode(self: Runner, slots: Sequence[int], *, truncate: bool = False) -> object:
-        if stage == "decode" and FAULTY in seeds(self, slots):
-            faults[fault]()
+        bring("decode", seeds(self, slots))
         return decode(self, slots, truncate=truncate)
 
     Worker.__init__ = watched_init
@@ -92,7 +100,9 @@ def install(stage: str, fault: str) -> None:
 
 
 if __name__ == "__main__":
-    stage, fault, descriptor = sys.argv[1:]
-    install(stage, fault)
+    *pairs, descriptor = sys.argv[1:]
+    for number, (stage, fault) in enumerate(zip(pairs[::2], pairs[1::2], strict=True)):
+        faults[stage, FAULTY + number] = FAULTS[fault]
+    install()
     sys.argv[1:] = [descriptor]
     main()

@@ -5,11 +5,9 @@ docs/faults.md is the table of these.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +17,6 @@ from httpx2 import Response
 from rae.server import generate
 
 MakeClient = Callable[..., AbstractContextManager[TestClient]]
-SCRIPT = Path(__file__).with_name("faulty_worker.py")
 FAULTY = {"class_id": 1, "seed": 666, "steps": 8, "cfg": 1.5}
 OTHERS: list[dict[str, Any]] = [
     {"class_id": 0, "seed": 1, "steps": 200},
@@ -73,10 +70,11 @@ def test_a_fault_is_its_own_requests(
     make_client: MakeClient,
     expected: list[list[str]],
     wait_until: Callable[..., None],
+    faulty_worker: Callable[..., Sequence[str]],
     stage: str,
     fault: str,
 ) -> None:
-    command = (sys.executable, "-P", str(SCRIPT), stage, fault)
+    command = faulty_worker(stage, fault)
     with make_client(command=command, hang_timeout=2) as client, ThreadPoolExecutor() as threads:
         bodies = [*OTHERS[:2], FAULTY, *OTHERS[2:]]
         responses = list(threads.map(lambda body: post(client, body), bodies))

@@ -66,10 +66,14 @@ class Fakes:
     accepts: list[Ticket] = field(default_factory=list)
     retries: list[Ticket] = field(default_factory=list)
     recoveries: list[float] = field(default_factory=list)
+    restarts: int = 0
 
     def spawn(self, index: int) -> None:
         assert index not in self.alive, "two processes for one worker"
         self.alive[index] = []
+
+    def restarted(self) -> None:
+        self.restarts += 1
 
     def kill(self, index: int) -> None:
         assert index in self.alive
