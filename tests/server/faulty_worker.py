@@ -1,7 +1,7 @@
 """A real worker process in which the images of some seeds bring faults.
 
-Arguments are pairs of a stage and a fault, then what a worker gets; the images of the i-th pair have
-seed FAULTY + i.
+Arguments are pairs of a stage and a fault, then what a worker gets. The images of the i-th pair
+have seed FAULTY + i.
 """
 
 from __future__ import annotations
