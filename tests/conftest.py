@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from rae.models.checkpoint import save_checkpoint, write_config
 from rae.models.checkpoint_config import CheckpointConfig, SamplerDefaults, read_config
@@ -16,6 +17,9 @@ from rae.models.config import DecoderConfig, DiTDHConfig, EncoderConfig
 from rae.models.dit_dh import DiTDH
 from rae.models.published import NORMALISATION
 from rae.models.rae import RAE
+
+# `pytest --hypothesis-profile=soak`: hours of examples where nobody waits for them.
+settings.register_profile("soak", max_examples=5_000, deadline=None)
 
 # The kernels read it when they are imported, which nothing above does.
 if not torch.cuda.is_available():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -123,6 +124,22 @@ def test_a_failed_evaluation_loses_no_rows(
         with pytest.raises(torch.OutOfMemoryError):
             cache.rows([(0, 0.1), (0, 0.3)])
     assert misses(cache, 0, 0.1, 0.2, 0.3, 0.4) == 2
+
+
+def test_a_failed_copy_loses_no_rows(
+    cache: ConditioningCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    misses(cache, 0, 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "time", MagicMock(index_copy_=fail, device=CPU, dtype=torch.float32))
+        for _ in range(2 * cache.capacity):
+            with pytest.raises(torch.OutOfMemoryError):
+                cache.rows([(0, 0.2), (0, 0.3)])
+    assert misses(cache, 0, 0.1, 0.2, 0.3, 0.4) >= 3
+    assert sorted([*cache._rows.values(), *cache._empty]) == list(range(cache.capacity))
 
 
 KEYS = [(label, t) for label in range(5) for t in (0.0, 0.25, 0.5, 0.75, 1.0)]

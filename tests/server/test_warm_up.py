@@ -107,3 +107,13 @@ def test_what_cannot_be_read_or_written_is_forgotten(tmp_path: Path) -> None:
     path.write_text("{")
     assert remembered(path).model == {}
     remember(path / "below a file", StepTimes({1: 0.25}))
+
+
+def test_smaller_buckets_are_those_that_evaluate_less() -> None:
+    buckets = Buckets(24, (1, 2, 4, 8, 24))
+    assert [buckets.below(rows) for rows in (24, 9)] == [Buckets(8, (1, 2, 4, 8))] * 2
+    assert buckets.below(8) == buckets.below(5) == Buckets(4, (1, 2, 4))
+    assert buckets.below(1) is None
+    assert Buckets(16, (16,)).below(5) is None, "one size, as for --deterministic"
+    assert Buckets(16, None).below(9) == Buckets(4, None)
+    assert Buckets(16, None).below(1) is None
