@@ -6,7 +6,7 @@ ROOMS := $(wildcard server kernels models training)
 # As the `rae` command sets it; server/cli.py says why.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: install serve test test-slow kernels-compile bench gpu check wheel clean typecheck-links
+.PHONY: install serve test test-slow kernels-compile bench gpu check wheel image clean typecheck-links
 
 install: .venv/.installed
 
@@ -26,7 +26,7 @@ serve: .venv/.installed
 test: .venv/.installed
 	$(BIN)/pytest $(ARGS)
 
-# The published models at their true size.
+# The published models at their true size, and the Dockerfile's steps.
 test-slow: .venv/.installed
 	$(BIN)/pytest -m slow $(ARGS)
 
@@ -67,6 +67,9 @@ wheel: .venv/.installed
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation -q -w dist .
 	rm -rf build
 	@ls dist/*.whl
+
+image:
+	docker build -t rae-server .
 
 clean:
 	rm -rf build dist *.egg-info .typecheck .pytest_cache .ruff_cache .hypothesis
