@@ -49,7 +49,8 @@ USER 10001:0
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 # Whoever restarts what is unhealthy must not end a server that warms up, replaces a worker or
-# drains: so "live" and not "ready", and three failures take longer than a drain. Before the port opens, gigabytes of a published model may be downloaded.
+# drains: so "live" and not "ready", and three failures take longer than a drain. Before the port
+# opens, gigabytes of a published model may be downloaded.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=30m --retries=3 \
     CMD ["python", "-c", "import http.client, os, sys; api = http.client.HTTPConnection('localhost', int(os.environ['RAE_PORT']), timeout=8); api.request('GET', '/health/live'); sys.exit(api.getresponse().status != 200)"]
 ENTRYPOINT ["rae"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import ClassVar, Literal
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+
+from rae.server.limits import clean
 
 FailureReason = Literal[
     "step",
@@ -24,8 +24,6 @@ FailureReason = Literal[
     "shutting_down",
     "internal",
 ]
-
-DRAIN_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,42 @@ class BodyTooLargeError(ApiError):
     @property
     def headers(self) -> Mapping[str, str]:
         return {"connection": "close"}
+
+
+class MalformedRequestError(ApiError):
+    """What comes is no HTTP; before the app, as the next three."""
+
+    status, type = 400, "malformed_request"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"this is not HTTP/1.1: {reason}")
+
+
+class HeadersTooLargeError(ApiError):
+    status, type = 431, "headers_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the headers are too large; allowed: at most {limit} bytes")
+
+
+class RequestTimeoutError(ApiError):
+    """`part` is headers or body."""
+
+    status, type = 408, "request_timeout"
+
+    def __init__(self, part: str, limit_s: float) -> None:
+        super().__init__(f"the {part} of the request took more than {limit_s:g} s")
+
+
+class TooManyConnectionsError(ApiError):
+    status, type = 429, "too_many_connections"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"all {limit} connections are in use; try again in 1 s")
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {"retry-after": "1"}
 
 
 class MediaTypeError(ApiError):
@@ -243,23 +277,12 @@ class GenerationError(ApiError):
         super().__init__(message)
 
 
-class DrainingResponse(JSONResponse):
-    """Answers at once, then reads what the client still sends: closing the connection under a
-    client that is writing would make its system throw the answer away."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = self.raw_headers
-        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
-        await send({"type": "http.response.body", "body": bytes(self.body), "more_body": True})
-        # Who asked for "100-continue" waits for it before writing, and now never gets it.
-        if (b"expect", b"100-continue") not in scope["headers"]:
-            try:
-                async with asyncio.timeout(DRAIN_S):
-                    while (await receive()).get("more_body"):
-                        pass
-            except TimeoutError:
-                pass
-        await send({"type": "http.response.body", "body": b""})
+def error_body(
+    kind: str, message: str, request_id: str, details: Sequence[Detail] = ()
+) -> dict[str, object]:
+    """The JSON of every error, whoever finds it."""
+    error = {"type": kind, "message": message, "details": [asdict(detail) for detail in details]}
+    return {"error": error, "request_id": request_id}
 
 
 def error_response(
@@ -273,9 +296,7 @@ def error_response(
 ) -> JSONResponse:
     request_id = request.scope["state"]["request_id"]
     headers = {"x-request-id": request_id, **(headers or {})}
-    error = {"type": kind, "message": message, "details": [asdict(detail) for detail in details]}
-    response_class = DrainingResponse if status == BodyTooLargeError.status else JSONResponse
-    return response_class({"error": error, "request_id": request_id}, status, headers)
+    return JSONResponse(error_body(kind, message, request_id, details), status, headers)
 
 
 async def _api_error(request: Request, error: Exception) -> JSONResponse:
@@ -293,7 +314,7 @@ async def _api_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    path, method = request.url.path, request.method
+    path, method = clean(request.scope["path"]), request.method
     kind, message = {
         404: ("not_found", f"no such path: {path}; GET /docs lists them"),
         405: ("method_not_allowed", f"{method} is not allowed for {path}"),

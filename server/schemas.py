@@ -121,7 +121,7 @@ def read_request(values: Mapping[str, Any], limits: Limits) -> GenerateRequest:
         request = GenerateRequest.model_validate(values, context=limits)
     except ValidationError as error:
         # A field name that is not Unicode has no location.
-        names = dict.fromkeys(str(e["loc"][0]) if e["loc"] else "" for e in error.errors())
+        names = dict.fromkeys(str(e["loc"][0]) if e["loc"] else None for e in error.errors())
         raise InvalidRequestError([_refused(name, values, limits) for name in names]) from None
     name = request.class_name
     named = [] if name is None else find_labels(limits.classes, name)
@@ -132,10 +132,10 @@ def read_request(values: Mapping[str, Any], limits: Limits) -> GenerateRequest:
     return request if is_chosen else request.model_copy(update={"class_id": named[0]})
 
 
-def _refused(name: str, values: Mapping[str, Any], limits: Limits) -> Detail:
+def _refused(name: str | None, values: Mapping[str, Any], limits: Limits) -> Detail:
     n = values.get("n")
     n = n if type(n) is int and 1 <= n <= limits.max_images else 1
-    if not name:
+    if name is None:
         name = next(key for key in values if clean(key) != key)
     if name not in GenerateRequest.model_fields:
         fields = ", ".join(GenerateRequest.model_fields)

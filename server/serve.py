@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import os
 import socket
 import time
@@ -17,6 +18,7 @@ from rae.models.checkpoint_config import read_config
 from rae.server import logs
 from rae.server.access import proxies
 from rae.server.app import create_app
+from rae.server.connections import protocol
 from rae.server.environment import unknown_variables
 from rae.server.metrics import Metrics
 from rae.server.pool import Pool
@@ -125,6 +127,9 @@ def prepare(settings: ServeSettings, say: Callable[[str], None]) -> Server:
         timeout_graceful_shutdown=ANSWER_S,
         backlog=BACKLOG,
         forwarded_allow_ips=forwarded_allow_ips,
+        http=protocol(settings),
+        ws="none",
+        timeout_keep_alive=math.ceil(settings.keep_alive),
     )
     text = welcome(settings.host, listener.getsockname()[1], checkpoint.name)
     return Server(config, pool, listener, settings.grace, lambda: say(text))

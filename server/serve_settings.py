@@ -15,6 +15,7 @@ LogFormat = Literal["text", "json"]
 
 WORKERS, HTTP, LIMITS = "Workers", "HTTP", "Limits of one request"
 ACCESS, TELEMETRY = "Who may ask, and how much", "Logs and traces"
+CONNECTIONS = "Limits of a connection"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,51 @@ class ServeSettings(EngineSettings):
             rich_help_panel=LIMITS,
         ),
     ] = 65_536
+    max_connections: Annotated[
+        int,
+        typer.Option(
+            help="Connections that may be open; beyond, they get 429.",
+            envvar="RAE_MAX_CONNECTIONS",
+            min=1,
+            rich_help_panel=CONNECTIONS,
+        ),
+    ] = 1024
+    header_timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds for the headers of a request; then 408.",
+            envvar="RAE_HEADER_TIMEOUT",
+            min=0.1,
+            rich_help_panel=CONNECTIONS,
+        ),
+    ] = 10.0
+    body_timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds for the body of a request; then 408.",
+            envvar="RAE_BODY_TIMEOUT",
+            min=0.1,
+            rich_help_panel=CONNECTIONS,
+        ),
+    ] = 30.0
+    write_timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds in which a client has to read 64 KiB of its response, or the rest.",
+            envvar="RAE_WRITE_TIMEOUT",
+            min=0.1,
+            rich_help_panel=CONNECTIONS,
+        ),
+    ] = 30.0
+    keep_alive: Annotated[
+        float,
+        typer.Option(
+            help="Seconds between requests; above those of a load balancer in front.",
+            envvar="RAE_KEEP_ALIVE",
+            min=0.1,
+            rich_help_panel=CONNECTIONS,
+        ),
+    ] = 75.0
 
     api_keys_file: Annotated[
         Path | None,

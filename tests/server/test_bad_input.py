@@ -76,6 +76,7 @@ REFUSED = [
     ("deadline_ms", "86400001", "86400001", DEADLINE),
     ("deadline_ms", "1.5", "1.5", DEADLINE),
     ("class", "1", "1", "no field of this name, only class_id, class_name, cfg, steps"),
+    ("", "1", "1", "no field of this name, only class_id"),
     (r"\ud800", "1", "1", "no field of this name, only"),
 ]
 
