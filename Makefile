@@ -6,7 +6,7 @@ ROOMS := $(wildcard server kernels models training)
 # As the `rae` command sets it; server/cli.py says why.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: install serve test test-slow kernels-compile bench gpu check wheel image clean typecheck-links
+.PHONY: install serve test test-slow kernels-compile bench soak gpu check wheel image clean typecheck-links
 
 install: .venv/.installed
 
@@ -45,6 +45,31 @@ kernels-compile: .venv/.installed .venv-triton3.6/.installed
 # The embedded digits here, or what ARGS say: benchmarks/throughput.py --help.
 bench: .venv/.installed
 	$(BIN)/python benchmarks/throughput.py --out out/throughput $(ARGS)
+
+# The service under load and chaos, two hours of it, each part on servers of its own. Shorter:
+# make soak SECONDS=20 HOUR=300 CLIENTS=500 KILLS=5 STOPS=4 CASES=500; MODEL= a checkpoint folder.
+SECONDS ?= 300
+HOUR ?= 3600
+CLIENTS ?= 10000
+KILLS ?= 50
+STOPS ?= 20
+CASES ?= 20000
+SERVICE ?= benchmarks/results/cpu/service
+soak: .venv/.installed
+	@status=0; \
+	part() { \
+	    echo "== $$1"; \
+	    $(BIN)/python benchmarks/$$1.py "$${@:2}" $(if $(MODEL),--model $(MODEL)) \
+	        --json $(SERVICE)/$$1.json || status=1; \
+	}; \
+	part load --seconds $(SECONDS); \
+	part disconnects --clients $(CLIENTS); \
+	part kills --kills $(KILLS); \
+	part stops --stops $(STOPS); \
+	part soak --seconds $(HOUR); \
+	echo "== fuzz"; \
+	$(BIN)/python benchmarks/fuzz.py --cases $(CASES) || status=1; \
+	exit $$status
 
 # On a machine with a GPU; OUT, PARTS and UPSTREAM as benchmarks/gpu.sh says.
 OUT ?= benchmarks/results/gpu

@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from machine_facts import commit, cpu_name
 from subjects import draw_weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -212,19 +211,13 @@ def report(
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    name = platform.processor()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    is_gpu = device.type == "cuda"
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if is_gpu else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
     }
 
 
