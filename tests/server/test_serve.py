@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -137,20 +137,85 @@ def test_a_short_request_overtakes_a_long_one(url: str) -> None:
         assert long.result()[0] == 200
 
 
-def test_sigterm_finishes_what_runs_and_exits_0(serve: Serve) -> None:
+def get(url: str, path: str) -> tuple[int, bytes]:
+    connection = connect(url)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    answer = response.read()
+    connection.close()
+    return response.status, answer
+
+
+def test_sigterm_finishes_what_runs_and_lets_nobody_in(serve: Serve) -> None:
     with serve() as (url, process), ThreadPoolExecutor() as threads:
         idle = connect(url)
         idle.request("GET", "/health/live")
         idle.getresponse().read()
-        running = threads.submit(post, url, {**LARGE, "n": 4})
+        running = threads.submit(post, url, {**LARGE, "n": 8})
         wait_until(lambda: scraped(url, "rae_running_images") > 0, 20)
         process.send_signal(signal.SIGTERM)
+        wait_until(lambda: get(url, "/health/ready")[0] == 503, 20)
+        assert json.loads(get(url, "/health/ready")[1])["reasons"] == [
+            "the server is shutting down"
+        ]
+        assert get(url, "/health/live")[0] == 200
+        status, body = post(url, SMALL)
+        assert (status, json.loads(body)["error"]["type"]) == (503, "shutting_down")
+        assert not running.done()
         status, body = running.result()
-        assert (status, len(json.loads(body)["images"])) == (200, 4)
+        assert (status, len(json.loads(body)["images"])) == (200, 8)
         assert process.wait(STOP_S) == 0
         with pytest.raises(OSError):
             post(url, SMALL)
         idle.close()
+
+
+@pytest.mark.parametrize("flags", [("--grace", "0.5"), ()])
+def test_what_takes_longer_than_the_grace_or_a_second_signal_is_told(
+    serve: Serve, flags: tuple[str, ...]
+) -> None:
+    with serve(*flags) as (url, process), ThreadPoolExecutor() as threads:
+        running = threads.submit(post, url, LARGE)
+        wait_until(lambda: scraped(url, "rae_running_images") > 0, 20)
+        process.send_signal(signal.SIGTERM)
+        if not flags:
+            wait_until(lambda: get(url, "/health/ready")[0] == 503, 20)
+            process.send_signal(signal.SIGTERM)
+        status, body = running.result()
+        assert (status, json.loads(body)["error"]["type"]) == (503, "shutting_down")
+        assert process.wait(STOP_S) == 0
+
+
+def handles_sigterm(pid: int) -> bool:
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.7, 2.0])
+def test_a_signal_at_any_moment_of_the_start_ends_it_with_0(
+    tiny_checkpoint: Path, child_environment: dict[str, str], seconds: float, number: int
+) -> None:
+    command = [sys.executable, "-P", "-m", "rae.server", "serve", "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--model", str(tiny_checkpoint)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=child_environment,
+    )
+    try:
+        wait_until(lambda: handles_sigterm(process.pid), 30)
+        time.sleep(seconds)
+        process.send_signal(number)
+        _, log = process.communicate(timeout=STOP_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, log.decode()
+    assert b"Traceback" not in log
 
 
 def test_sigint_exits_0_and_settings_come_from_flags(serve: Serve) -> None:
