@@ -11,11 +11,8 @@ import json
 import logging
 import re
 import resource
-import socket
-import struct
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, ClassVar, Literal, Self
@@ -27,16 +24,13 @@ from uvicorn.server import ServerState
 
 from rae.server import errors
 from rae.server.serve_settings import ServeSettings
+from rae.server.transports import Transport
 
 log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 16_384
 # What may come behind a request that is being answered; more is thrown away.
 MAX_PIPELINED_BYTES = 65_536
-# Of a response in each --write-timeout, or its rest: less would hold it for hours.
-MIN_READ_BYTES = 65_536
-# The kernel would take megabytes of what nobody reads, and say so only a megabyte later.
-MAX_UNSENT_BYTES = 131_072
 # Closing at once would make the client's system throw an answer away with what it still sends.
 LINGER_S = 2.0
 MAX_REFUSED = 256
@@ -77,13 +71,13 @@ def allow_connections(wanted: int) -> int:
     as it has to be and can be; at least 1."""
     others = MAX_REFUSED + RESERVED_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = (2**62 if n == resource.RLIM_INFINITY else n for n in (soft, hard))
-    if soft < wanted + others:
-        soft = min(hard, wanted + others)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    allowed = max(1, min(wanted, soft - others))
+    files = wanted + others if soft == resource.RLIM_INFINITY else soft
+    if files < wanted + others:
+        files = wanted + others if hard == resource.RLIM_INFINITY else min(hard, wanted + others)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    allowed = max(1, min(wanted, files - others))
     if allowed < wanted:
-        log.warning("at most %d connections: only %d files may be open", allowed, soft)
+        log.warning("at most %d connections: only %d files may be open", allowed, files)
     return allowed
 
 
@@ -272,88 +266,3 @@ def checked(request: h11.Request) -> h11.Request:
         target=target if target.startswith(b"/") else b"/" + target,
         http_version=request.http_version,
     )
-
-
-class Transport(asyncio.Transport):
-    """A transport that aborts where the client does not read, and that stays open for a client
-    that still sends, after a FIN of our own, so that it reads what it was answered."""
-
-    def __init__(
-        self,
-        inner: asyncio.Transport,
-        loop: asyncio.AbstractEventLoop,
-        write_s: float,
-        is_sending: Callable[[], bool],
-    ) -> None:
-        super().__init__()
-        self.inner, self.loop, self.write_s, self.is_sending = inner, loop, write_s, is_sending
-        self.lingers = False
-        self.written = 0
-        self.timer: asyncio.TimerHandle | None = None
-        with suppress(AttributeError, OSError):  # not everywhere, nor once the client is gone
-            option = socket.TCP_NOTSENT_LOWAT
-            inner.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, option, MAX_UNSENT_BYTES)
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        if self.lingers:
-            return
-        self.inner.write(data)
-        self.written += len(data)
-        if self.timer is None:
-            self._expect()
-
-    def close(self) -> None:
-        """Once the client has sent what it sends, if it is in the middle of a body."""
-        if self.is_sending():
-            self.linger()
-        else:
-            self.inner.close()
-
-    def linger(self) -> None:
-        """Send no more and read on; who calls it aborts later."""
-        if self.is_closing():
-            return
-        self.lingers = True
-        self.inner.resume_reading()
-        try:
-            self.inner.write_eof()
-        except OSError:  # reset by the client
-            self.inner.abort()
-
-    def stop(self) -> None:
-        """The connection is lost."""
-        if self.timer is not None:
-            self.timer.cancel()
-
-    def _expect(self) -> None:
-        """That within the next `write_s` some of what waits is read."""
-        size = self.inner.get_write_buffer_size()
-        wanted = self.written - size + min(size, MIN_READ_BYTES)
-        self.timer = self.loop.call_later(self.write_s, self._check, wanted) if size else None
-
-    def _check(self, wanted: int) -> None:
-        if self.written - self.inner.get_write_buffer_size() < wanted:
-            log.debug("%s: a response was not read", self.get_extra_info("peername"))
-            with suppress(OSError):  # without, the kernel would keep what it has of the response
-                reset = struct.pack("ii", 1, 0)
-                self.inner.get_extra_info("socket").setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, reset
-                )
-            self.inner.abort()
-        else:
-            self._expect()
-
-    def is_closing(self) -> bool:
-        return self.lingers or self.inner.is_closing()
-
-    def abort(self) -> None:
-        self.inner.abort()
-
-    def get_extra_info(self, name: str, default: object = None) -> Any:  # noqa: ANN401
-        return self.inner.get_extra_info(name, default)
-
-    def pause_reading(self) -> None:
-        self.inner.pause_reading()
-
-    def resume_reading(self) -> None:
-        self.inner.resume_reading()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rae.models.checkpoint import load_checkpoint, save_checkpoint
+from rae.server.decoding import Decoding
 from rae.server.engine import Engine
 from rae.server.errors import GenerationError
 from rae.server.graphs import Buckets, Replayed
@@ -108,14 +109,26 @@ def submit(engine: Engine, *groups: Sequence[ImageSpec]) -> list[Request]:
 
 @pytest.mark.parametrize("has_receiver", [False, True], ids=["at once", "in a thread"])
 def test_what_is_not_finite_fails_its_own_request(
-    make_engine: MakeEngine, poisoned_checkpoint: Path, *, has_receiver: bool
+    make_engine: MakeEngine,
+    poisoned_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    has_receiver: bool,
 ) -> None:
     engine = make_engine(64, poisoned_checkpoint)
     if has_receiver:  # as on CUDA
         engine._receiver = ThreadPoolExecutor(1)
     bad, mixed = [spec(CULPRIT, class_label=2)], [spec(7), spec(8, class_label=2), spec(9, 9)]
     *innocent, alone, shared = requests = submit(engine, *INNOCENT, bad, mixed)
+    decode, decoded = engine._runner.decode, list[set[int]]()
+
+    def noted(slots: Sequence[int]) -> Decoding:
+        decoded.append({engine._runner._images[slot][0].seed for slot in slots})
+        return decode(slots)
+
+    monkeypatch.setattr(engine._runner, "decode", noted)
     step_until_done(engine, requests)
+    assert {1, 5, 7, 8, CULPRIT} in decoded, "good ones and bad ones share a batch"
     assert failure(alone) == ("non_finite", "the image of class 2 and seed 13 is not finite")
     assert failure(shared) == ("non_finite", "the image of class 2 and seed 8 is not finite")
     if engine._receiver is not None:

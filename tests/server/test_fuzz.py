@@ -89,7 +89,7 @@ def test_what_is_wrong_is_found(
     words: str,
 ) -> None:
     monkeypatch.setattr(fuzz, "SETTLE_S", 0.1)
-    monkeypatch.setattr(fuzz, "KINDS", {"invalid": fuzz.invalid})
+    monkeypatch.setattr(fuzz, "KINDS", {"invalid": fuzz.KINDS["invalid"]})
     with broken({"/generate": (status, body), "/metrics": (200, GAUGES % queued)}) as url:
         report = fuzz.fuzz(url, cases=3, seed=0, only="sockets")
     assert any(words in failure for failure in report.failures)
@@ -99,7 +99,7 @@ def test_a_server_that_is_silent_slow_or_gone_is_found(
     fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with broken({"/metrics": (200, GAUGES % 0), "/generate": (200, b"x")}) as url:
-        monkeypatch.setattr(fuzz, "KINDS", {"half": fuzz.half})
+        monkeypatch.setattr(fuzz, "KINDS", {"half": fuzz.KINDS["half"]})
         monkeypatch.setattr(fuzz, "ANSWER_S", 0.5)
         report = fuzz.fuzz(url, cases=1, seed=0, good_s=0, only="sockets")
     assert "took" in report.failures[0]
