@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from rae.models.cache import cache_folder
+from rae.models.cache import HUB_NAME, model_folder
 from rae.models.checkpoint_config import CheckpointError
 from rae.models.convert import convert
 from rae.models.locks import held
 from rae.models.published import HUB_REPOSITORY, PRESETS, Autoencoder, Published
-
-HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+):(?P<preset>[\w.-]+)")
 
 
 def preset(name: str) -> Published:
@@ -78,7 +75,7 @@ def local_folder(model: str, notify: Callable[[str], None]) -> Path:
         return Path(model)
     published = preset(match["preset"])
     repository = match["repository"]
-    folder = cache_folder() / repository.replace("/", "--") / match["preset"]
+    folder = model_folder(repository, match["preset"])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("a") as lock, held(lock, wait=True):
         if not (folder / "config.json").exists():

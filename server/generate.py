@@ -74,7 +74,8 @@ class Generate:
         specs = asked.specs(self.limits)
         account: Account = http.state.account
         account.facts |= told(specs, self.limits)
-        account.facts["owner"] = client.name
+        if self.access.needs_key:
+            account.facts["client"] = client.name
         generated = await self._run(specs, asked, http, client)
         started = time.perf_counter()
         descriptions = self._describe(specs)

@@ -196,8 +196,10 @@ class Pool:
             self._writers[index].write(messages.frame(message))
 
     def accepted(self, ticket: Ticket, cost: float) -> None:
-        if ticket in self._open:
-            self._open[ticket][1](cost)
+        future, on_accepted = self._open.get(ticket, (None, None))
+        # Cancelled in this turn of the loop: its account is closed already.
+        if future is not None and on_accepted is not None and not future.done():
+            on_accepted(cost)
 
     def end(self, ticket: Ticket, result: Generated | ApiError) -> None:
         future, _ = self._open.get(ticket, (None, None))

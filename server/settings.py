@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast, get_type_hi
 
 import typer
 
+from rae.models.cache import converted
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -144,7 +146,10 @@ def find_folder(model: Path | None, say: Callable[[str], None] = typer.echo) -> 
     downloaded and converted the first time. Raises ValueError or OSError where it cannot be had."""
     if model is None:
         return embedded_model()
-    from rae.models.hub import local_folder
+    there = model if model.exists() else converted(str(model))
+    if there is not None:
+        return there
+    from rae.models.hub import local_folder  # with torch, which the HTTP process does without
 
     return local_folder(str(model), say)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from rae.server.memory import memory_errors
 from rae.server.request import ImageSpec
 from rae.server.runner import Runner
 from rae.server.worker import Worker, main
@@ -80,16 +81,19 @@ def install() -> None:
     def seeds(self: Runner, slots: Sequence[int]) -> list[int]:
         return [self._images[slot][0].seed for slot in slots]
 
+    @memory_errors()
     def faulty_start(self: Runner, slot: int, spec: ImageSpec) -> None:
         bring("admit", [spec.seed])
         start(self, slot, spec)
         if ("latents", spec.seed) in faults:
             self.latents[slot].fill_(float("nan"))
 
+    @memory_errors()
     def faulty_step(self: Runner, rows: Sequence[tuple[int, int]]) -> None:
         bring("step", seeds(self, [slot for slot, number in rows if number == AT_STEP]))
         step(self, rows)
 
+    @memory_errors()
     def faulty_decode(self: Runner, slots: Sequence[int], *, truncate: bool = False) -> object:
         bring("decode", seeds(self, slots))
         return decode(self, slots, truncate=truncate)

@@ -19,6 +19,7 @@ import pytest
 from fastapi.testclient import TestClient
 from starlette.requests import Request
 
+from rae.server import messages
 from rae.server.access import Access, Client, proxies
 from rae.server.errors import UnauthorizedError
 
@@ -202,23 +203,22 @@ def test_without_keys_none_is_documented(client: TestClient) -> None:
     assert client.get("/limits").json()["needs_api_key"] is False
 
 
-def test_the_engine_learns_who_asks(
+def test_the_workers_learn_who_asks(
     make_client: MakeClient, keys_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rae.server.engine import Engine
+    sent, frame = [], messages.frame
 
-    seen, submit = [], Engine.submit
+    def record(message: messages.ToWorker) -> bytes:
+        sent.append(message)
+        return frame(message)
 
-    def record(self: Engine, *arguments: object, **options: object) -> object:
-        seen.append((options["client"], options["weight"]))
-        return submit(self, *arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Engine, "submit", record)
+    monkeypatch.setattr(messages, "frame", record)
     with make_client(api_keys_file=keys_file) as client:
         for key in (ALICE, BOB):
             headers = {"X-API-Key": key}
             assert client.post("/generate", json=SMALL, headers=headers).status_code == 200
-    assert seen == [("alice", 1.0), ("bob", 2.5)]
+    submitted = [message for message in sent if isinstance(message, messages.Submit)]
+    assert [(one.client, one.weight) for one in submitted] == [("alice", 1.0), ("bob", 2.5)]
 
 
 def test_each_key_has_a_rate_of_its_own(make_client: MakeClient, keys_file: Path) -> None:
