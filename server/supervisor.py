@@ -30,6 +30,7 @@ DEATHS = 5
 """That a request may live through which had not started yet; one that had may once."""
 EXPECTED_STEPS = 10
 """A step hangs when it takes so many times what was expected, and the time that is allowed."""
+SMOOTHING = 0.1
 ORPHAN_S = 30.0
 """That a request waits for a worker after its own has died."""
 
@@ -94,7 +95,7 @@ class WorkerState:
     facts: messages.Facts | None = None
     beat: messages.Beat = field(default_factory=messages.Beat)
     unseen_cost: float = 0.0
-    """Accepted since the last beat."""
+    """Sent since the last beat; what is not accepted yet is taken for a usual request."""
     spawned_at: float = 0.0
     heard_at: float = 0.0
     ready_at: float | None = None
@@ -128,6 +129,7 @@ class Supervisor:
         self._waiting: deque[Ticket] = deque()
         self._suspects: deque[Ticket] = deque()
         self._closing = False
+        self._usual_cost = 49.0  # of a request, in evaluations
 
     @property
     def ready(self) -> list[WorkerState]:
@@ -184,7 +186,7 @@ class Supervisor:
                     worker.reason = message.progress
             case messages.Accepted(id, cost):
                 if id in worker.tickets:
-                    worker.unseen_cost += cost
+                    worker.unseen_cost = max(0.0, worker.unseen_cost + cost - self._usual_cost)
                     self._accept(worker.tickets[id], cost)
             case messages.Started(id):
                 if id in worker.tickets:
@@ -238,6 +240,7 @@ class Supervisor:
 
     def _send(self, worker: WorkerState, ticket: Ticket, now: float) -> None:
         worker.tickets[ticket.id] = ticket
+        worker.unseen_cost += self._usual_cost
         self._world.send(worker.index, ticket.message(now))
 
     def _take(self, worker: WorkerState, id: int, now: float) -> Ticket | None:
@@ -250,6 +253,7 @@ class Supervisor:
     def _accept(self, ticket: Ticket, cost: float) -> None:
         if not ticket.is_accepted:
             ticket.is_accepted = True
+            self._usual_cost += SMOOTHING * (cost - self._usual_cost)
             self._world.accepted(ticket, cost)
 
     def _end(self, worker: WorkerState, id: int, result: Generated | ApiError, now: float) -> None:

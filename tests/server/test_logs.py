@@ -47,7 +47,7 @@ def own_logging() -> Iterator[None]:
 
 @pytest.fixture
 def lines(own_logging: None, capfd: pytest.CaptureFixture[str]) -> Lines:
-    """What the server, not its test client, has logged as JSON since the last call."""
+    """What the HTTP process, not its test client, has logged as JSON since the last call."""
 
     def read() -> list[dict[str, Any]]:
         found = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
@@ -174,14 +174,16 @@ def test_a_fault_is_logged_with_its_request(
         lines()
         monkeypatch.setattr("rae.server.generate.encode", lambda *_: 1 / 0)
         answer = client.post("/generate", json={"steps": 2}, headers={"x-request-id": "bad"})
-        (found,) = lines()
+        fault, found = lines()
     assert answer.status_code == 500
     assert "Traceback" not in answer.text
+    assert (fault["message"], fault["exception"]) == ("an encoding failed", "ZeroDivisionError")
+    assert fault["request_id"] == "bad"
     assert (found["status"], found["outcome"], found["request_id"]) == (500, "failed", "bad")
 
 
 def test_health_and_metrics_are_quiet(make_client: MakeClient, lines: Lines) -> None:
-    with make_client(root_path="/rae") as client:
+    with make_client(root_path="/rae", log_format="json") as client:
         for level, logged in (("info", []), ("debug", ["/health/live", "/metrics"])):
             logs.configure(level, "json")  # type: ignore[arg-type]
             client.get("/health/live")

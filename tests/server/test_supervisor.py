@@ -185,6 +185,16 @@ def test_the_least_loaded_worker_gets_the_next_request() -> None:
     assert (house.submitted(0), house.submitted(1)) == ([second.id], [first.id])
 
 
+def test_requests_that_come_together_are_shared() -> None:
+    house = House(num_workers=2)
+    for index in range(2):
+        house.hear(FACTS, index)
+        house.hear(messages.Beat(rows_per_s=10.0), index)
+    tickets = [house.submit() for _ in range(6)]  # before any of them is accepted
+    assert house.submitted(0) == [ticket.id for ticket in tickets[::2]]
+    assert house.submitted(1) == [ticket.id for ticket in tickets[1::2]]
+
+
 def test_what_ran_is_tried_once_more_and_what_waited_more_often(house: House) -> None:
     ran, waited = house.submit(), house.submit()
     house.run(ran)
