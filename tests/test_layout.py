@@ -330,7 +330,7 @@ UNSOUND: list[tuple[Rule, dict[str, str], str]] = [
         {"server/request.py": "from rae.server.engine import E"},
         "request.py:1",
     ),
-    (server_order_is_kept, {"server/pool.py": "from rae.server import worker"}, "pool.py:1"),
+    (server_order_is_kept, {"server/pool.py": "from rae.server.worker import W"}, "pool.py:1"),
     (server_keeps_libraries_in_their_files, {"server/cli.py": "import torch"}, "server/cli.py:1"),
     (
         server_keeps_libraries_in_their_files,
