@@ -13,10 +13,10 @@ of KNOWN that were made alone before. Every image has to be the same bytes as th
   is from the moment that a request was due, whether or not the generator was late to send it.
 - the capacity once more: other work may have slowed the first. Goodput is of the larger one.
 
-Asked for: no 5xx, nothing without an answer in 60 s; at 5 times goodput of 90 % of the capacity and
-p99 of at most BOUND times --queue-s (images share the device, so the largest, of 3 times the mean
-work, take 3 times as long as the queue); and a generator that keeps up. Where other work takes the
-server's cores, `server_cpu` says so, and images per second of its CPU time are what to compare.
+Asked for: no 5xx, nothing without an answer in 60 s; at 5 times goodput of 90 % of the capacity, a
+generator that keeps up, and p99 of at most BOUND times --queue-s (images share the device: large
+ones wait for small ones that came later, which a full queue lets in the more easily). Where other
+work takes the server's cores, `server_cpu` says so; then compare images per second of its CPU time.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from live_server import LiveServer, start_server
 from service_checks import conclude, end, scrape, settle
 
 MULTIPLES = (0.5, 1.0, 2.0, 5.0)
-CONNECTIONS = 32
+CONNECTIONS = 64
 KNOWN = 100
-GOODPUT_GOAL, BOUND = 0.9, 4.0
+GOODPUT_GOAL, BOUND = 0.9, 6.0
 MAX_LAG_S = 0.1
 HUNG, DROPPED = "no answer in 60 s", "no answer"
 
@@ -227,9 +227,7 @@ def criteria_of(capacities: Sequence[Figures], phases: Figures, queue_s: float) 
             share >= GOODPUT_GOAL
         ),
         f"p99 at 5 x is {p99:.1f} s, at most {BOUND * queue_s:.0f} s": p99 <= BOUND * queue_s,
-        "the generator keeps up": all(
-            phase["generator_lag_s"]["p99"] <= MAX_LAG_S for phase in phases.values()
-        ),
+        "the generator keeps up": top["generator_lag_s"]["p99"] <= MAX_LAG_S,
     }
 
 

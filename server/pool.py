@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-P", "-m", "rae.server.worker")
 TICK_S = 0.1
+# A tick that is so late says that this process stood still: stopped, or without a core.
+AWAY_S = 1.0
 # An engine's last step, and what it remembers for the next start.
 CLOSE_S = 5.0
 
@@ -225,8 +227,11 @@ class Pool:
 
     async def _tick(self) -> None:
         while True:
-            self._supervisor.tick(self._now())
+            before = self._now()
             await asyncio.sleep(TICK_S)
+            if self._now() - before > AWAY_S:
+                self._supervisor.was_away(self._now())
+            self._supervisor.tick(self._now())
 
     async def _live(self, index: int) -> None:
         """One life of a worker."""

@@ -222,6 +222,11 @@ class Supervisor:
                 self._watch(worker, now)
         self._end_overdue(now)
 
+    def was_away(self, now: float) -> None:
+        """Nobody listened until now: no worker's silence is its own."""
+        for worker in self.workers:
+            worker.heard_at = now
+
     def close(self, error: ApiError) -> None:
         """Nobody is started any more, and every ticket ends with `error`."""
         self._closing = True

@@ -164,6 +164,18 @@ def test_a_frozen_worker_is_replaced(make_client: MakeClient, wait_until: WaitUn
         assert gauge(client, "rae_worker_restarts_total") == 1
 
 
+def test_a_server_that_was_frozen_keeps_its_worker(
+    serve: Callable[..., AbstractContextManager], wait_until: WaitUntil
+) -> None:
+    with serve("--hang-timeout", "1") as (_, process):
+        (worker,) = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(1)
+        assert worker.is_running() and psutil.Process(process.pid).children() == [worker]
+
+
 def test_a_worker_that_never_starts_is_given_up(
     make_client: MakeClient, caplog: pytest.LogCaptureFixture
 ) -> None:

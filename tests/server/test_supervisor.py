@@ -260,6 +260,16 @@ def test_a_worker_that_says_nothing_is_killed(house: House) -> None:
         house.submit()
 
 
+def test_who_was_not_listened_to_is_not_silent(house: House) -> None:
+    house.now = 10 * HANG_S
+    house.supervisor.was_away(house.now)
+    house.supervisor.tick(house.now)
+    assert not house.fakes.killed
+    house.now += HANG_S + 0.1
+    house.supervisor.tick(house.now)
+    assert house.fakes.killed == [0]
+
+
 def test_a_start_may_take_long_but_not_for_ever() -> None:
     house = House()
     house.wait(START_S - 1)
