@@ -76,9 +76,11 @@ def write_random_checkpoint(name: str, path: Path, device: torch.device) -> None
 
 
 def cpu_seconds(pid: int) -> float:
-    """What all threads of a process on Linux took of the CPUs so far."""
+    """What a process on Linux, and those that it started, took of the CPUs so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(cpu_seconds(int(child)) for child in children)
 
 
 @dataclass(kw_only=True)
