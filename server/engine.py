@@ -244,12 +244,14 @@ class Engine:
                 continue
             with self._activity.working(self._expected_s(stage, part)):
                 result = self._try(stage, part, work)
+                if is_short_of_memory(result) and len(part) == 1:
+                    result = self._try(stage, part, work)  # what was cached is free now
             if not isinstance(result, GenerationError):
                 yield part, result
             elif len(part) == 1:
                 self._fail(result, {part[0].request})
             else:
-                if result.reason == "out_of_memory":
+                if is_short_of_memory(result):
                     self._shrink(stage, part)
                 half = len(part) // 2
                 parts += [part[half:], part[:half]]
@@ -428,3 +430,7 @@ class Engine:
                 future.set_result(result)
             else:
                 future.set_exception(result)
+
+
+def is_short_of_memory(result: object) -> bool:
+    return isinstance(result, GenerationError) and result.reason == "out_of_memory"

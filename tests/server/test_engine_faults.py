@@ -320,7 +320,7 @@ def test_what_a_failed_step_had_computed_is_let_go_before_memory_is_freed(
     monkeypatch.setattr(engine._runner.model.rows, "_function", run)
     monkeypatch.setattr(engine._runner, "free", lambda: alive.append(computed[-1]() is not None))
     step_until_done(engine, submit(engine, [spec(1), spec(2)]))
-    assert alive == [False] * 2
+    assert alive == [False] * 3  # together, alone, and alone once more
 
 
 def test_a_device_that_is_lost_while_pixels_arrive_is_given_up(
