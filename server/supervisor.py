@@ -26,8 +26,9 @@ SHORT_LIFE_S = 10.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
 STARTS = 5
 """Times that a worker may fail to start, one after the other."""
-DEATHS = 5
-"""That a request may live through which had not started yet; one that had may once."""
+DEATHS = 3
+"""At which a request is given up that never started; one that had is at the second. With ORPHAN_S
+after each nobody hangs for more than a minute."""
 EXPECTED_STEPS = 10
 """A step hangs when it takes so many times what was expected, and the time that is allowed."""
 SMOOTHING = 0.1
