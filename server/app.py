@@ -148,7 +148,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
         openapi_extra={"requestBody": request_body(service.limits)},
     )
     app.add_api_route(
-        "/requests/{request_id}",
+        "/requests/{request_id:path}",  # with slashes, as base64 has
         service.generate.cancel,
         methods=["DELETE"],
         dependencies=service.access.documented,

@@ -72,6 +72,7 @@ class Engine:
         self._max_rows = settings.max_batch
         self.ready = False
         self.failure: str | None = None
+        self.failure_detail = ""  # with what no client is told, as paths
         self.progress = "the model is warming up"
         self._observer = observer
         self._scheduler = make_scheduler(self._runner.num_slots, settings.max_batch, StepTimes())
@@ -371,7 +372,8 @@ class Engine:
                     denoise_s=started - request.started_at,
                     decode_s=now - started,
                 )
-                self._end(request, generated)
+                late = DeadlineError(request.deadline - request.submitted_at)
+                self._end(request, generated if now <= request.deadline else late)
 
     def _loop(self) -> None:
         try:
@@ -392,7 +394,8 @@ class Engine:
 
     def _give_up(self, what: str, error: Exception) -> None:
         log.error(what, exc_info=error)
-        self.failure = f"{what}: {type(error).__name__}: {error}"
+        self.failure_detail = f"{what}: {type(error).__name__}: {error}"
+        self.failure = f"{what} ({type(error).__name__})"
         self.ready = False
         with self._wake:
             self._closing = True
@@ -410,6 +413,9 @@ class Engine:
         with self._wake:
             self._scheduler.step_times = step_times
             self._scheduler.max_rows = min(self._max_rows, self._runner.buckets.largest)
+        started = time.perf_counter()
+        self._runner.decode([0]).images()
+        self._image_s = time.perf_counter() - started
         self.ready = True
 
     def _fail(self, error: BaseException, requests: set[Request]) -> None:

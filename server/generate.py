@@ -186,10 +186,8 @@ class Generate:
             for one in self._running.get(request_id, ())
             if one.client == client.name or not self.access.needs_key
         ]
-        if not running:
+        if not sum(one.work.cancel() for one in running):
             raise errors.NotFoundError(f"no request {shown(request_id)} waits or runs")
-        for one in running:
-            one.work.cancel()
         return Cancelled(request_id=request_id)
 
 

@@ -23,12 +23,12 @@ LENGTH = struct.Struct("!I")
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """The first message to a worker, the `index`th of `num_workers`."""
+    """The first message to a worker, the `index`th of `num_workers`: None for one a device."""
 
     folder: Path
     settings: EngineSettings
     index: int
-    num_workers: int
+    num_workers: int | None
     log_level: LogLevel
     log_format: LogFormat
 
@@ -79,9 +79,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Failed:
-    """The worker is about to end. Trying again is no use where the failure `is_permanent`."""
+    """The worker is about to end. `reason` is for everybody, `detail` for whoever started the
+    server. Trying again is no use where the failure `is_permanent`."""
 
     reason: str
+    detail: str
     is_permanent: bool
 
 

@@ -36,8 +36,8 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64)
 class Watched(Protocol):
     """What is read at each scrape, of all workers together."""
 
-    max_queue: float
-
+    @property
+    def max_queue(self) -> float: ...
     @property
     def waiting(self) -> int: ...
     @property
@@ -82,6 +82,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.in_flight = 0
+        """Requests that are accepted and not ended, which is after their answers were sent."""
         ProcessCollector(registry=self.registry)
         self._count_requests()
         self._count_work()
@@ -94,7 +96,8 @@ class Metrics:
         self._accepted = self._counter(
             "requests_accepted", "Of them, accepted: done, failed, cancelled or expired in the end."
         )
-        self._in_flight = self._gauge("requests_in_flight", "Accepted, and not ended.")
+        in_flight = self._gauge("requests_in_flight", "Accepted, and not ended.")
+        in_flight.set_function(lambda: self.in_flight)
         self._failures = self._counter("failures", "Accepted requests that failed.", "reason")
         for reason in get_args(FailureReason):
             self._failures.labels(reason)
@@ -189,11 +192,11 @@ class Metrics:
     def accepted(self) -> None:
         """A request got in; one `ended` has to follow."""
         self._accepted.inc()
-        self._in_flight.inc()
+        self.in_flight += 1
 
     def ended(self, outcome: Ended, seconds: float, reason: FailureReason) -> None:
         """An accepted request has its answer, after so long; `reason` is that of a failed one."""
-        self._in_flight.dec()
+        self.in_flight -= 1
         self._requests.labels(outcome).inc()
         if outcome == "failed":
             self._failures.labels(reason).inc()

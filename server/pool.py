@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -27,10 +28,11 @@ log = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-P", "-m", "rae.server.worker")
 TICK_S = 0.1
-# A tick that is so late says that this process stood still: stopped, or without a core.
-AWAY_S = 1.0
 # An engine's last step, and what it remembers for the next start.
 CLOSE_S = 5.0
+# For the system to end a process that was killed; one in a driver that hangs it never ends.
+END_S = 10.0
+POLL_S = 0.02
 
 OnAccepted = Callable[[float], None]
 
@@ -49,7 +51,6 @@ class Pool:
         command: Sequence[str] = COMMAND,
     ) -> None:
         self._folder, self._settings, self._metrics = folder, settings, metrics
-        self.max_queue = settings.max_queue
         self._command = command
         self._supervisor = Supervisor(self, settings.workers, settings.hang_timeout)
         self._open: dict[Ticket, tuple[asyncio.Future[Generated], OnAccepted]] = {}
@@ -75,6 +76,8 @@ class Pool:
 
     @property
     def failure(self) -> str | None:
+        if self._ticking is not None and self._ticking.done() and not self._is_closing:
+            return "the workers are not supervised any more; the log says why"
         return self._supervisor.failure
 
     @property
@@ -107,17 +110,23 @@ class Pool:
         return sum(worker.facts.num_slots for worker in self._supervisor.ready if worker.facts)
 
     @property
+    def max_queue(self) -> float:
+        """Of all workers together."""
+        return self._settings.max_queue * len(self.workers)
+
+    @property
     def workers_ready(self) -> int:
         return len(self._supervisor.ready)
 
     @property
     def in_flight(self) -> int:
-        """Requests that are not answered yet."""
-        return len(self._open)
+        """Requests that are not answered yet, whether their images are made or not."""
+        return max(len(self._open), self._metrics.in_flight)
 
     async def start(self) -> None:
         self._supervisor.tick(self._now())
         self._ticking = asyncio.create_task(self._tick())
+        self._ticking.add_done_callback(log_failure)
 
     async def close(self) -> None:
         """What is left fails with EngineClosedError; workers are asked to end, then made to."""
@@ -135,7 +144,7 @@ class Pool:
             log.warning("%d workers did not end in %.0f s", len(pending), CLOSE_S)
             for index in self._processes:
                 self.kill(index)
-            await asyncio.wait(pending)
+            await asyncio.wait(pending, timeout=END_S + 1)
 
     async def generate(
         self,
@@ -191,6 +200,8 @@ class Pool:
     def kill(self, index: int) -> None:
         if index in self._processes:
             self._processes[index].kill()
+        if index in self._writers:  # its end may be open still, as in a process it forked
+            self._writers[index].transport.abort()
 
     def send(self, index: int, message: messages.ToWorker) -> None:
         """Never waits: a worker that reads nothing is killed before much has gathered."""
@@ -227,18 +238,18 @@ class Pool:
 
     async def _tick(self) -> None:
         while True:
-            before = self._now()
-            await asyncio.sleep(TICK_S)
-            if self._now() - before > AWAY_S:
-                self._supervisor.was_away(self._now())
             self._supervisor.tick(self._now())
+            await asyncio.sleep(TICK_S)
 
     async def _live(self, index: int) -> None:
         """One life of a worker."""
         try:
             reason = await self._listen(index)
-        except OSError as error:  # no memory, no processes, no descriptors: perhaps later
-            reason = f"the worker could not be started ({error.strerror})"
+        except Exception as error:  # no memory, no processes, no descriptors: perhaps later
+            log.exception("worker %d", index)
+            reason = f"the worker could not be started ({type(error).__name__})"
+            self.kill(index)
+        self._metrics.device(index, None, None, None)
         self._supervisor.died(index, reason, self._now())
         level = logging.DEBUG if self._is_closing else logging.ERROR
         log.log(level, "worker %d is gone: %s", index, self.workers[index].reason)
@@ -258,7 +269,7 @@ class Pool:
             folder=self._folder,
             settings=self._settings,
             index=index,
-            num_workers=len(self.workers),
+            num_workers=self._settings.workers,
             log_level=self._settings.log_level,
             log_format=self._settings.log_format,
         )
@@ -275,8 +286,7 @@ class Pool:
         del self._writers[index]
         writer.close()
         process.kill()
-        code = await asyncio.to_thread(process.wait)
-        return reason or ending(code)
+        return reason or ending(await end_of(process))
 
     def _spawn(self, descriptor: int) -> subprocess.Popen[bytes]:
         with signals_blocked():
@@ -295,8 +305,24 @@ class Pool:
         self._supervisor.heard(index, message, self._now())
 
 
-def ending(code: int) -> str:
+def log_failure(task: asyncio.Task[None]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        log.error("the workers are not supervised any more", exc_info=error)
+
+
+async def end_of(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code of a process that was killed; None where it is not gone in END_S."""
+    end = time.monotonic() + END_S
+    while process.poll() is None and time.monotonic() < end:
+        await asyncio.sleep(POLL_S)
+    return process.returncode
+
+
+def ending(code: int | None) -> str:
     """How a process ended, for people."""
+    if code is None:
+        return "the worker could not be ended"
     if code >= 0:
         return f"the worker ended with exit code {code}"
     with suppress(ValueError):

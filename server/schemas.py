@@ -312,7 +312,7 @@ class LimitsInfo(BaseModel):
     unconditional: bool = Field(description="Whether a request may leave the class away.")
     max_body_bytes: int
     max_queue_evaluations: float = Field(
-        description="Of the model, waiting or running; beyond, 429 queue_full."
+        description="Of the model, waiting or running in a worker; beyond, 429 queue_full."
     )
     rate_limit: RateLimit | None = Field(description="Beyond, 429 rate_limited.")
     needs_api_key: bool

@@ -63,6 +63,13 @@ class Server(uvicorn.Server):
     async def watch(self) -> None:
         """Say how the start goes, and that it is over; end the server when it is told to stop, or
         no worker can be had."""
+        try:
+            await self.announce_and_wait()
+            await self.drain()
+        finally:
+            self.should_exit = True
+
+    async def announce_and_wait(self) -> None:
         said, is_announced = time.monotonic(), False
         while not (self.pool.failure or self.stopping.signals):
             if self.pool.ready and not is_announced:
@@ -72,8 +79,6 @@ class Server(uvicorn.Server):
                 log.info("; ".join(self.pool.reasons))
                 said = time.monotonic()
             await asyncio.sleep(POLL_S)
-        await self.drain()
-        self.should_exit = True
 
     async def drain(self) -> None:
         """The port stays open, so that whoever comes, and asks whether it is ready, is told."""

@@ -91,6 +91,8 @@ class WorkerState:
     """Why it is not ready."""
     failure: str = ""
     """What ends it, where that is known before it has ended."""
+    detail: str = ""
+    """The same for whoever started the server, with paths."""
     tickets: dict[int, Ticket] = field(default_factory=dict)
     suspect: Ticket | None = None
     facts: messages.Facts | None = None
@@ -130,6 +132,9 @@ class Supervisor:
         self._waiting: deque[Ticket] = deque()
         self._suspects: deque[Ticket] = deque()
         self._closing = False
+        self._ticked_at = -math.inf
+        self._watched_from = 0.0
+        self._ready_at = 0.0  # when a worker was seen ready for the last time
         self._usual_cost = 49.0  # of a request, in evaluations
 
     @property
@@ -146,7 +151,7 @@ class Supervisor:
     def failure(self) -> str | None:
         """Why there is no use in going on."""
         if all(worker.state == "given up" for worker in self.workers):
-            return "; ".join(dict.fromkeys(self.reasons))
+            return "; ".join(dict.fromkeys(w.detail or w.reason for w in self.workers))
         return None
 
     def submit(self, ticket: Ticket, now: float) -> None:
@@ -177,8 +182,8 @@ class Supervisor:
                 worker.facts = message
                 if worker.state == "starting":
                     self._is_ready(worker, now)
-            case messages.Failed(reason, is_permanent):
-                worker.failure = reason
+            case messages.Failed(reason, detail, is_permanent):
+                worker.failure, worker.detail = reason, detail
                 if is_permanent and worker.start_s is None:
                     worker.failed_starts = STARTS
             case messages.Beat():
@@ -200,33 +205,32 @@ class Supervisor:
 
     def died(self, index: int, reason: str, now: float) -> None:
         """A worker's process has ended, and all that it held is free."""
-        worker, were_ready = self.workers[index], self.ready
+        worker = self.workers[index]
+        self._see_ready(now)
         worker.state, worker.reason = "dead", worker.failure or reason
         worker.beat, worker.unseen_cost = messages.Beat(), 0.0
         if worker.died_at is None:
             worker.died_at = now
-        self._plan_start(worker, now)
+        if not self._closing:
+            self._plan_start(worker, now)
         tickets, worker.tickets, worker.suspect = worker.tickets, {}, None
         for ticket in tickets.values():
             self._orphan(ticket, now)
-        if were_ready == [worker]:
-            for ticket in (*self._waiting, *self._suspects):
-                ticket.orphaned_at = now  # who stood in line until now could have been served
         self._dispatch(now)
 
     def tick(self, now: float) -> None:
         """Some times a second: start who is due, kill who hangs, end who has waited too long."""
+        self._see_ready(now)
+        if self._hang_s / 2 < now - self._ticked_at < math.inf:
+            # This process was stopped, and its workers perhaps with it: nothing they said is new.
+            self._watched_from = now + self._hang_s
+        self._ticked_at = now
         for worker in self.workers:
             if worker.state == "dead" and now >= worker.start_at and not self._closing:
                 self._start(worker, now)
-            elif worker.state in ("starting", "ready"):
+            elif worker.state in ("starting", "ready") and now >= self._watched_from:
                 self._watch(worker, now)
         self._end_overdue(now)
-
-    def was_away(self, now: float) -> None:
-        """Nobody listened until now: no worker's silence is its own."""
-        for worker in self.workers:
-            worker.heard_at = now
 
     def close(self, error: ApiError) -> None:
         """Nobody is started any more, and every ticket ends with `error`."""
@@ -298,10 +302,16 @@ class Supervisor:
                     queue.remove(ticket)
                     self._world.end(ticket, error)
 
+    def _see_ready(self, now: float) -> None:
+        if self.ready:
+            self._ready_at = now
+
     def _overdue(self, ticket: Ticket, now: float) -> ApiError | None:
         if ticket.deadline <= now:
             return DeadlineError(ticket.deadline - ticket.submitted_at)
-        if not self.ready and now - ticket.orphaned_at > ORPHAN_S:
+        # Who stood in line while a worker was ready could have been served until it was not.
+        orphaned_at = max(ticket.orphaned_at, self._ready_at)
+        if not self.ready and (self.failure or now - orphaned_at > ORPHAN_S):
             return WorkerDiedError(ticket.deaths)
         return None
 
@@ -312,7 +322,8 @@ class Supervisor:
         if worker.died_at is not None:
             worker.restarts += 1
             self._world.restarted()
-        worker.state, worker.reason, worker.failure = "starting", "the worker is starting", ""
+        worker.state, worker.reason = "starting", "the worker is starting"
+        worker.failure = worker.detail = ""
         worker.spawned_at = worker.heard_at = now
         worker.ready_at = None
         self._world.spawn(worker.index)
@@ -336,7 +347,7 @@ class Supervisor:
             worker.short_lives = count = 0 if lived else worker.short_lives + 1
         if worker.failed_starts >= STARTS:
             worker.state = "given up"
-        delay_s = FIRST_DELAY_S * 2 ** (count - 1) if count else 0.0
+        delay_s = FIRST_DELAY_S * 2 ** min(count - 1, 16) if count else 0.0
         worker.start_at = now + min(delay_s, LONGEST_DELAY_S)
 
     def _watch(self, worker: WorkerState, now: float) -> None:

@@ -91,16 +91,18 @@ class Worker:
         from rae.server.engine import Engine
 
         try:
-            self._send(messages.Hello(visible_devices(start.settings.device)))
-            share_cores(start.num_workers)
+            num_devices = visible_devices(start.settings.device)
+            self._send(messages.Hello(num_devices))
+            share_cores(start.num_workers or num_devices)
             checkpoint = load_checkpoint(start.folder, keep_bf16=True)
             self._num_parameters = checkpoint.num_parameters
             return Engine(checkpoint, start.settings, self._relay, local_rank=start.index)
         except (ValueError, OSError) as error:
-            self._give_up(str(error), is_permanent=True)
+            self._give_up("the model could not be loaded", str(error), is_permanent=True)
         except Exception as error:
             log.exception("the model could not be loaded")
-            self._give_up(f"the model could not be loaded: {type(error).__name__}: {error}")
+            detail = f"the model could not be loaded: {type(error).__name__}: {error}"
+            self._give_up("the model could not be loaded", detail)
 
     def _obey(self, engine: Engine) -> None:
         while True:
@@ -128,7 +130,8 @@ class Worker:
                 on_start=lambda: self._send(messages.Started(ticket)),
             )
         except ApiError as error:
-            self._outbox.put(messages.Refused(ticket, error))
+            if not engine.failure:  # of this process, which ends: another will take it
+                self._outbox.put(messages.Refused(ticket, error))
             return
         self._outbox.put(messages.Accepted(ticket, request.cost))
         self._requests[ticket] = request.future
@@ -160,7 +163,7 @@ class Worker:
                 self._send(messages.Beat(progress="the model is being loaded"))
                 continue
             if engine.failure:
-                self._give_up(engine.failure)
+                self._give_up(engine.failure, engine.failure_detail)
             if engine.ready and facts != (facts := self._facts(engine)):
                 self._send(facts)
             self._send(self._beat(engine))
@@ -201,9 +204,9 @@ class Worker:
         except OSError:  # the parent is gone, and so is all reason to go on
             os._exit(1)
 
-    def _give_up(self, reason: str, *, is_permanent: bool = False) -> NoReturn:
+    def _give_up(self, reason: str, detail: str, *, is_permanent: bool = False) -> NoReturn:
         """At once: a device that has failed may not let go of its process in an orderly way."""
-        self._send(messages.Failed(reason, is_permanent))
+        self._send(messages.Failed(reason, detail, is_permanent))
         os._exit(1)
 
 

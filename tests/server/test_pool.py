@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -17,7 +18,11 @@ import pytest
 from fastapi.testclient import TestClient
 from httpx2 import Response
 
-from rae.server.pool import ending
+from rae.server import pool as pool_module
+from rae.server import supervisor
+from rae.server.metrics import Metrics
+from rae.server.pool import Pool, ending
+from rae.server.serve_settings import ServeSettings
 
 MakeClient = Callable[..., AbstractContextManager[TestClient]]
 WaitUntil = Callable[..., None]
@@ -104,20 +109,23 @@ def test_a_checkpoint_that_cannot_be_loaded_ends_the_server_in_one_line(
     assert "Traceback" not in done.stderr.decode()
 
 
-def test_a_request_is_cancelled_by_its_id(client: TestClient, wait_until: WaitUntil) -> None:
+@pytest.mark.parametrize("request_id", ["to-be-cancelled", "b64/+="])
+def test_a_request_is_cancelled_by_its_id(
+    client: TestClient, wait_until: WaitUntil, request_id: str
+) -> None:
     alone = post(client, SMALL).json()["images"]
     with ThreadPoolExecutor() as threads:
-        cancelled = threads.submit(post, client, LONG, "to-be-cancelled")
+        cancelled = threads.submit(post, client, LONG, request_id)
         wait_until(lambda: gauge(client, "rae_running_images") > 0)
         stays = threads.submit(post, client, SMALL)
-        answer = client.delete("/requests/to-be-cancelled")
-        assert (answer.status_code, answer.json()) == (200, {"request_id": "to-be-cancelled"})
+        answer = client.delete(f"/requests/{request_id}")
+        assert (answer.status_code, answer.json()) == (200, {"request_id": request_id})
         assert stays.result().json()["images"] == alone
         assert cancelled.result().status_code == 499
         assert cancelled.result().json()["error"]["type"] == "cancelled"
     wait_until(lambda: gauge(client, "rae_running_images") == 0)
     assert gauge(client, "rae_waiting_images") == gauge(client, "rae_queued_evaluations") == 0
-    gone = client.delete("/requests/to-be-cancelled")
+    gone = client.delete(f"/requests/{request_id}")
     assert (gone.status_code, gone.json()["error"]["type"]) == (404, "not_found")
 
 
@@ -141,13 +149,14 @@ def test_with_keys_a_request_is_its_owners(
 @pytest.mark.parametrize(
     ("code", "text"),
     [
+        (None, "the worker could not be ended"),
         (0, "the worker ended with exit code 0"),
         (-signal.SIGSEGV, "the worker was ended by SIGSEGV"),
         (-64, "the worker was ended by SIGRTMAX"),
         (-99, "the worker was ended by signal 99"),
     ],
 )
-def test_how_a_worker_ended_is_said(code: int, text: str) -> None:
+def test_how_a_worker_ended_is_said(code: int | None, text: str) -> None:
     assert ending(code) == text
 
 
@@ -176,10 +185,57 @@ def test_a_server_that_was_frozen_keeps_its_worker(
         assert worker.is_running() and psutil.Process(process.pid).children() == [worker]
 
 
-def test_a_worker_that_never_starts_is_given_up(
-    make_client: MakeClient, caplog: pytest.LogCaptureFixture
+async def life(command: Sequence[str], until: Callable[[Pool], bool]) -> Pool:
+    """A pool of one such worker, closed once that holds."""
+    pool = Pool(Path(), ServeSettings(workers=1, hang_timeout=1), Metrics(), command)
+    await pool.start()
+    async with asyncio.timeout(60):
+        while not until(pool):
+            await asyncio.sleep(0.01)
+        await pool.close()
+    return pool
+
+
+def test_a_request_is_in_flight_until_its_answer_is_sent() -> None:
+    metrics = Metrics()
+    pool = Pool(Path(), ServeSettings(), metrics)
+    metrics.accepted()
+    assert pool.in_flight == 1
+    metrics.ended("done", 1.0, "internal")
+    assert pool.in_flight == 0
+
+
+def test_a_worker_that_never_starts_is_given_up() -> None:
+    command = (sys.executable, "-c", "import sys; sys.exit(7)")
+    pool = asyncio.run(life(command, lambda pool: pool.failure is not None))
+    assert pool.failure == "the worker ended with exit code 7"
+
+
+def test_a_worker_whose_socket_is_held_by_its_child_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command: Sequence[str] = (sys.executable, "-c", "import sys; sys.exit(7)")
-    with pytest.raises(AssertionError, match="timed out"), make_client(command=command):
-        pass
-    assert "the worker ended with exit code 7" in caplog.text
+    monkeypatch.setattr(supervisor, "SILENT_START_S", 1.0)
+    script = "import os, time; os.fork() or time.sleep(30); os.abort()"
+    command = (sys.executable, "-c", script)
+    pool = asyncio.run(life(command, lambda pool: pool.workers[0].restarts == 1))
+    assert pool.in_flight == 0
+
+
+def test_a_worker_that_the_system_cannot_end_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "SILENT_START_S", 1.0)
+    monkeypatch.setattr(pool_module, "END_S", 1.0)
+    immortal: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: immortal.append(process))
+    script = "import time; time.sleep(60)"
+    try:
+        pool = asyncio.run(
+            life((sys.executable, "-c", script), lambda pool: pool.workers[0].restarts == 1)
+        )
+    finally:
+        monkeypatch.undo()
+        for process in set(immortal):
+            process.kill()
+            process.wait()
+    assert pool.workers[0].restarts == 1

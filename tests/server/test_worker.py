@@ -1,0 +1,50 @@
+"""What a worker tells its parent, without an engine's thread or a process."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import pytest
+
+from rae.server import messages
+from rae.server.errors import ApiError, EngineClosedError, QueueFullError
+from rae.server.worker import Worker
+
+SUBMIT = messages.Submit(
+    ticket=1,
+    request_id="x",
+    specs=[],
+    client="",
+    weight=1.0,
+    priority="normal",
+    deadline_s=1.0,
+    bounded=True,
+)
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    parent, child = socket.socketpair()
+    with parent, child:
+        yield Worker(child)
+
+
+def refusing(error: ApiError, failure: str | None) -> Any:  # noqa: ANN401
+    def submit(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return SimpleNamespace(submit=submit, failure=failure)
+
+
+def test_who_comes_to_an_engine_that_has_failed_is_left_to_another_worker(worker: Worker) -> None:
+    worker._submit(refusing(EngineClosedError(), "the engine failed"), SUBMIT)
+    assert worker._outbox.empty()
+
+
+def test_who_is_refused_at_the_door_is_told(worker: Worker) -> None:
+    error = QueueFullError(1.0, 1.0, 1.0, 1.0)
+    worker._submit(refusing(error, None), SUBMIT)
+    assert worker._outbox.get_nowait() == messages.Refused(1, error)
