@@ -56,11 +56,14 @@ class Access:
     def read(cls, file: Path | None, environment: Mapping[str, str]) -> Self:
         """The keys of a file and of `RAE_API_KEYS`.
 
-        Raises ValueError that names the entry, never what is in it; OSError for the file.
+        Raises ValueError that names the file or the entry, never what is in it.
         """
         sources: dict[str, Sequence[str]] = {}
         if file is not None:
-            text = file.read_text("utf-8-sig", errors="replace")
+            try:
+                text = file.read_text("utf-8-sig", errors="replace")
+            except OSError as error:
+                raise ValueError(f"--api-keys-file {file}: {error.strerror}") from error
             sources["line {} of --api-keys-file"] = text.splitlines()
         if KEYS_VARIABLE in environment:
             sources[f"entry {{}} of {KEYS_VARIABLE}"] = re.split(

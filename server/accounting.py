@@ -53,6 +53,8 @@ class AccountMiddleware:
             scope["state"]["failure"] = "shutting_down"
             raise
         finally:
+            # What the connection has said already, where it did not wait for the app.
+            status = scope["state"].get("refused", status)
             if account is not None:
                 account.end(status, scope["state"].get("failure", "internal"))
             if span is not None and account is not None:
@@ -65,7 +67,7 @@ def say(scope: Scope, status: int, seconds: float, account: Account | None) -> N
     client = scope.get("client")
     path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
     fields: dict[str, object] = {
-        "client": client[0] if client else None,
+        "client": scope["state"].get("client") or (client[0] if client else None),
         "method": scope["method"],
         "path": path[:SHOWN_CHARACTERS],
         "status": status,

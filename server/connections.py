@@ -23,6 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from rae.server import errors
+from rae.server.metrics import Metrics
 from rae.server.serve_settings import ServeSettings
 from rae.server.transports import Transport
 
@@ -81,10 +82,12 @@ def allow_connections(wanted: int) -> int:
     return allowed
 
 
-def protocol(settings: ServeSettings) -> type[asyncio.Protocol]:
+def protocol(settings: ServeSettings, metrics: Metrics) -> type[asyncio.Protocol]:
     """What uvicorn's Config takes as `http`."""
     limits = ConnectionLimits.of(settings)
-    return type("BoundConnection", (Connection,), {"limits": limits, "refused": set()})
+    return type(
+        "BoundConnection", (Connection,), {"limits": limits, "metrics": metrics, "refused": set()}
+    )
 
 
 class Connection(H11Protocol):
@@ -92,6 +95,7 @@ class Connection(H11Protocol):
     of `errors.error_body`; who does not read is cut off."""
 
     limits: ClassVar[ConnectionLimits]
+    metrics: ClassVar[Metrics]
     refused: ClassVar[set[Connection]]
 
     def __init__(
@@ -109,6 +113,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.wire = Transport(transport, self.loop, self.limits.write_s, self._sends_body)
         super().connection_made(self.wire)
+        if len(self.connections) > self.limits.max_connections:
+            self._make_room()
         if len(self.connections) <= self.limits.max_connections:
             return self._watch()
         self.connections.discard(self)
@@ -116,6 +122,16 @@ class Connection(H11Protocol):
             return self.transport.abort()
         self.refused.add(self)
         self.refuse(errors.TooManyConnectionsError(self.limits.max_connections))
+
+    def _make_room(self) -> None:
+        """End a connection on which nothing is asked: health checks have to get through."""
+        for other in self.connections:
+            if other is not self and isinstance(other, Connection) and other.is_quiet():
+                self.connections.discard(other)
+                return other.transport.abort()
+
+    def is_quiet(self) -> bool:
+        return self._phase() in ("idle", "headers") and not self.conn.trailing_data[0]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.refused.discard(self)
@@ -148,12 +164,16 @@ class Connection(H11Protocol):
 
     def refuse(self, error: errors.ApiError) -> None:
         """Answer instead of the app, if nothing was answered yet, and close the connection."""
-        log.debug("%s: %s", self.client, error)
         is_answered = self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE)
         is_running = self.cycle is not None and not self.cycle.response_complete
+        state = self.scope.get("state", {}) if is_running else {}
+        request_id = state.get("request_id") or uuid.uuid4().hex
         if not is_answered:
-            request_id = self.scope.get("state", {}).get("request_id") if is_running else None
-            self.transport.write(self._answer(error, request_id or uuid.uuid4().hex))
+            state["refused"] = error.status
+            self.transport.write(self._answer(error, request_id))
+        self.metrics.connection_refused(error.type)
+        fields = {"client": self.client and self.client[0], "status": error.status}
+        log.info("%s", error, extra={"request_id": request_id, "fields": fields})
         if is_running:
             self.cycle.disconnected = True
             self.cycle.message_event.set()

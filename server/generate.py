@@ -69,13 +69,11 @@ class Generate:
         self._running: dict[str, set[Running]] = {}
 
     async def respond(self, http: Request) -> Response:
-        client = self.access.client(http)
+        client = self._client(http)
         asked = parse_request(await read_json(http, self.max_body_bytes), self.limits)
         specs = asked.specs(self.limits)
         account: Account = http.state.account
         account.facts |= told(specs, self.limits)
-        if self.access.needs_key:
-            account.facts["client"] = client.name
         generated = await self._run(specs, asked, http, client)
         started = time.perf_counter()
         descriptions = self._describe(specs)
@@ -173,6 +171,12 @@ class Generate:
             if not running:
                 del self._running[request_id]
 
+    def _client(self, http: Request) -> Client:
+        """Raises UnauthorizedError."""
+        client = self.access.client(http)
+        http.state.client = client.name
+        return client
+
     def _accepted(self, account: Account, client: str, cost: float) -> None:
         account.accept()
         self.rate_limits.charge(client, cost, time.monotonic())
@@ -180,7 +184,7 @@ class Generate:
     async def cancel(self, http: Request, request_id: str) -> Cancelled:
         """DELETE /requests/{request_id}; the request itself is answered with status 499. With API
         keys only its own client finds it."""
-        client = self.access.client(http)
+        client = self._client(http)
         running = [
             one
             for one in self._running.get(request_id, ())

@@ -28,6 +28,12 @@ Refused = Literal[
 Ended = Literal["done", "failed", "cancelled", "expired"]
 Outcome = Refused | Ended
 
+CONNECTION_REASONS = (
+    "malformed_request",
+    "headers_too_large",
+    "request_timeout",
+    "too_many_connections",
+)
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 RECOVERY_SECONDS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 IMAGES = (1, 2, 4, 8, 16, 32, 64)
@@ -104,6 +110,12 @@ class Metrics:
         self._request_seconds = self._histogram(
             "request_seconds", "POST /generate that was done, all of it."
         )
+
+        self._connections_refused = self._counter(
+            "connections_refused", "What was no request, or too slow, or too many.", "reason"
+        )
+        for reason in CONNECTION_REASONS:
+            self._connections_refused.labels(reason)
 
     def _count_work(self) -> None:
         counter, histogram = self._counter, self._histogram
@@ -202,6 +214,10 @@ class Metrics:
             self._failures.labels(reason).inc()
         if outcome == "done":
             self._request_seconds.observe(seconds)
+
+    def connection_refused(self, reason: str) -> None:
+        """`reason` is one of CONNECTION_REASONS."""
+        self._connections_refused.labels(reason).inc()
 
     def refused(self, outcome: Refused) -> None:
         """A request did not get in."""

@@ -286,7 +286,8 @@ class Pool:
         del self._writers[index]
         writer.close()
         process.kill()
-        return reason or ending(await end_of(process))
+        code = await end_of(process)
+        return reason or ending(code)
 
     def _spawn(self, descriptor: int) -> subprocess.Popen[bytes]:
         with signals_blocked():

