@@ -2,7 +2,7 @@
 # All that is checked and measured on a GPU, in an order that keeps the most if time runs out.
 #     benchmarks/gpu.sh OUT [PART ...]
 # Parts: kernels (against fp64), engine (graphs against eager calls), parity (recorded numbers), tune,
-# step, ops, forward, throughput; of the last one also by themselves: none, autoguidance, cfg (XL-256
+# step, ops, forward, service (over HTTP, under load, with killed workers), throughput; of the last one also by themselves: none, autoguidance, cfg (XL-256
 # by guidance), start, ablation, xl512, deterministic, compiled. Without a part all of them.
 #     UPSTREAM=DIR     a clone of bytetriper/RAE, to compare with
 #     CHECKPOINTS=DIR  where random weights stay between runs, 6 GB a model
@@ -43,6 +43,14 @@ part() {
         [[ -z ${UPSTREAM:-} ]] || run forward "$python" benchmarks/forward.py "${upstream[@]}" \
             --device cuda --batch 32 --json "$out/forward.json"
         ;;
+    service)
+        LIMIT=300 run over-http "$python" benchmarks/over_http.py --device cuda --model DiTDH-XL-256 \
+            --batch 32 --checkpoints "$checkpoints" --json "$out/over-http.json"
+        LIMIT=300 run load "$python" benchmarks/load.py --model "$checkpoints/DiTDH-XL-256" \
+            --seconds 30 --json "$out/load.json"
+        LIMIT=300 run kills "$python" benchmarks/kills.py --model "$checkpoints/DiTDH-XL-256" \
+            --kills 3 --json "$out/kills.json"
+        ;;
     throughput) for each in none autoguidance start ablation cfg xl512 deterministic compiled; do part $each; done ;;
     none | cfg) throughput 200 "$1" --guidance "$1" --part sweep ;;
     autoguidance) throughput 300 "$1" --part sweep ;;
@@ -55,7 +63,7 @@ part() {
     esac
 }
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
-for each in "${@:-kernels engine parity tune step ops forward throughput}"; do
+for each in "${@:-kernels engine parity tune step ops forward service throughput}"; do
     # shellcheck disable=SC2086 # the default is a list
     for name in $each; do part "$name"; done
 done
