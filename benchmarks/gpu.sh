@@ -2,8 +2,9 @@
 # All that is checked and measured on a GPU, in an order that keeps the most if time runs out.
 #     benchmarks/gpu.sh OUT [PART ...]
 # Parts: kernels (against fp64), engine (graphs against eager calls), parity (recorded numbers), tune,
-# step, ops, forward, service (over HTTP, under load, with killed workers), throughput; of the last one also by themselves: none, autoguidance, cfg (XL-256
-# by guidance), start, ablation, xl512, deterministic, compiled. Without a part all of them.
+# step, ops, forward, service (over HTTP, under load, with killed workers), throughput; of the last
+# one also by themselves: none, autoguidance, cfg (XL-256 by guidance), start, ablation, xl512,
+# deterministic, compiled. Without a part all of them.
 #     UPSTREAM=DIR     a clone of bytetriper/RAE, to compare with
 #     CHECKPOINTS=DIR  where random weights stay between runs, 6 GB a model
 set -uo pipefail
