@@ -27,13 +27,14 @@ FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
 STARTS = 5
 """Times that a worker may fail to start, one after the other."""
 DEATHS = 3
-"""At which a request is given up that never started; one that had is at the second. With ORPHAN_S
-after each nobody hangs for more than a minute."""
+"""At which a request is given up that waits, in a worker or in line; one that has started is at its
+own second. Its client would give up, too: where each death costs 16 s, 10 of 10,000 requests waited
+for more than a minute while those in line were spared."""
 EXPECTED_STEPS = 10
 """A step hangs when it takes so many times what was expected, and the time that is allowed."""
 SMOOTHING = 0.1
 ORPHAN_S = 30.0
-"""That a request waits for a worker after its own has died."""
+"""That a request waits for a worker to be ready after its own has died."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -214,6 +215,8 @@ class Supervisor:
         if not self._closing:
             self._plan_start(worker, now)
         tickets, worker.tickets, worker.suspect = worker.tickets, {}, None
+        if worker.ready_at is not None:
+            self._count_death_in_line()
         for ticket in tickets.values():
             self._orphan(ticket, now)
         self._dispatch(now)
@@ -282,6 +285,14 @@ class Supervisor:
         ticket.is_started = False
         (self._suspects if ticket.is_suspect else self._waiting).append(ticket)
         self._world.retried(ticket)
+
+    def _count_death_in_line(self) -> None:
+        for queue in (self._waiting, self._suspects):
+            for ticket in list(queue):
+                ticket.deaths += 1
+                if ticket.deaths >= DEATHS:
+                    queue.remove(ticket)
+                    self._world.end(ticket, WorkerDiedError(ticket.deaths))
 
     def _dispatch(self, now: float) -> None:
         """Give who waits to those who are ready."""

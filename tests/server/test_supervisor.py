@@ -146,7 +146,8 @@ class House:
 
     def restart(self, index: int = 0) -> None:
         self.die(index)
-        self.wait(LONGEST_DELAY_S)
+        while index not in self.fakes.alive:
+            self.wait(0.1)
         self.hear(FACTS, index)
 
     def submitted(self, index: int = 0) -> list[int]:
@@ -379,6 +380,19 @@ def test_an_orphan_waits_only_so_long(house: House) -> None:
     house.now += ORPHAN_S
     house.supervisor.tick(house.now)
     assert isinstance(house.fakes.results[lost], WorkerDiedError)
+
+
+def test_who_stands_in_line_through_many_deaths_is_told_in_time(house: House) -> None:
+    tickets = [house.submit() for _ in range(8)]
+    for ticket in tickets:
+        house.run(ticket)
+    for _ in range(3):
+        house.restart()
+        for ticket in house.workers[0].tickets.values():
+            house.hear(messages.Started(ticket.id))
+        house.wait(9.0)
+    assert set(house.fakes.results) == set(tickets)
+    assert all(isinstance(end, WorkerDiedError) for end in house.fakes.results.values())
 
 
 def test_closing_ends_all(house: House) -> None:
