@@ -156,7 +156,7 @@ def test_a_secret_that_did_not_arrive_lets_nobody_in(tmp_path: Path, text: str) 
         Access.read(path, {})
     with pytest.raises(ValueError, match="^RAE_API_KEYS holds no key"):
         Access.read(None, {"RAE_API_KEYS": text})
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="^--api-keys-file .*none: No such file or directory$"):
         Access.read(tmp_path / "none", {})
 
 

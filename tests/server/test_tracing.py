@@ -120,7 +120,7 @@ def test_a_refusal_is_a_span_without_stages_and_no_error(make_client: MakeClient
 
 
 def test_a_failure_is_an_error(make_client: MakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rae.server.runner.Runner.decode", lambda *_: 1 / 0)
+    monkeypatch.setattr("rae.server.generate.encode", lambda *_: 1 / 0)
     (request,) = spans_of(make_client, {"steps": 2}, status=500)
     assert request.attributes and request.attributes["rae.outcome"] == "failed"
     assert request.attributes["error.type"] == "500"
