@@ -38,8 +38,8 @@ def main() -> None:
     # Read when torch loads. Its threads spin for work 300,000 times before they sleep: beside a
     # process that does the same a step took 150 ms on 2 cores, and 9 with this; alone 5 and 6.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # oneDNN keeps 1,024 kernels, of every number of rows that ever was in a step: 150 MB more that
-    # come over an hour, and with the digits not one image a second (four runs in turns).
+    # oneDNN keeps 1,024 kernels, of every number of rows that ever was in a step: some 150 MB more,
+    # and with the digits not one image a second (four runs in turns).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     app(prog_name="rae")
 

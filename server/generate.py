@@ -62,10 +62,8 @@ class Generate:
     ) -> None:
         self.pool, self.config, self.sha256, self.metrics = pool, config, sha256, metrics
         self.limits, self.max_body_bytes = limits, settings.max_body_bytes
-        self.access, self.rate_limits = (
-            access,
-            RateLimits(settings.rate_limit, settings.rate_burst),
-        )
+        self.access = access
+        self.rate_limits = RateLimits(settings.rate_limit, settings.rate_burst)
         self._running: dict[str, set[Running]] = {}
 
     async def respond(self, http: Request) -> Response:

@@ -22,7 +22,7 @@ from rae.server.errors import ApiError, GenerationError
 
 if TYPE_CHECKING:
     from rae.server.engine import Engine
-    from rae.server.request import Generated
+    from rae.server.request import Generated, Request
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Worker:
         self._connection = connection
         self._sending = threading.Lock()
         self._outbox: queue.SimpleQueue[messages.FromWorker] = queue.SimpleQueue()
-        self._requests: dict[int, Future[Generated]] = {}
+        self._requests: dict[int, Request] = {}
         self._relay = Relay()
         self._engine: Engine | None = None
         self._num_parameters: Mapping[str, int] = {}
@@ -112,7 +112,7 @@ class Worker:
                 case messages.Cancel(ticket):
                     request = self._requests.get(ticket)
                     if request is not None:
-                        request.cancel()
+                        engine.cancel(request)
                 case _:
                     return
 
@@ -134,7 +134,7 @@ class Worker:
                 self._outbox.put(messages.Refused(ticket, error))
             return
         self._outbox.put(messages.Accepted(ticket, request.cost))
-        self._requests[ticket] = request.future
+        self._requests[ticket] = request
         request.future.add_done_callback(partial(self._ended, ticket))
 
     def _ended(self, ticket: int, future: Future[Generated]) -> None:

@@ -42,7 +42,7 @@ from rae.server.supervisor import (
 )
 
 HANG_S = 5.0
-EXAMPLES = int(os.environ.get("RAE_TEST_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("RAE_TEST_EXAMPLES", "200"))
 STEPS = 100
 FACTS = messages.Facts(
     device="cpu",
