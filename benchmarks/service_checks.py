@@ -26,6 +26,7 @@ GAUGES = (
 )
 ENDED = ("done", "failed", "cancelled", "expired")
 ACCEPTED = "rae_requests_accepted_total"
+REST_S = 12.0
 SAMPLE = re.compile(r"^(\w+(?:\{.*\})?) (\S+)$", re.MULTILINE)
 
 Metrics = Mapping[str, float]
@@ -57,13 +58,13 @@ def reconciles(counts: Mapping[str, float | None]) -> bool:
 
 
 async def usage_at_rest(server: LiveServer) -> dict[str, float]:
-    """`LiveServer.usage` of the moment in 2 s with the fewest open file descriptors: a server needs
-    a while to see that connections have ended."""
+    """`LiveServer.usage` of the last moment in REST_S with the fewest open file descriptors: a
+    server needs a while to see that connections have ended, and to give memory back."""
     usages = []
-    for _ in range(10):
+    for _ in range(round(REST_S / 0.2)):
         await asyncio.sleep(0.2)
         usages.append(server.usage())
-    return min(usages, key=lambda usage: usage["fds"])
+    return min(reversed(usages), key=lambda usage: usage["fds"])
 
 
 async def end(server: LiveServer, client: Client) -> tuple[dict[str, Any], dict[str, bool]]:

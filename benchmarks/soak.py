@@ -2,15 +2,17 @@
 
     python benchmarks/soak.py [--model FOLDER] [--seconds 3600] [--json FILE] [--plot FILE]
 
-Poisson arrivals at SHARES of the capacity (closed loop, before), a phase each, again and again. Of
+Poisson arrivals, a phase each at SHARES of the capacity in images (of a server before, in a closed
+loop), again and again; the queue takes QUEUE_S of work, as nobody waits for minutes. Of
 KINDS each has its share: images that were made alone before, several images, other formats,
 priorities, deadlines that can and that cannot be met, clients that leave, bodies that are refused,
 and looks at health and metrics. Every SAMPLE_S memory, threads, file descriptors and gauges are
 read. After --warm-up, and at the end, nothing is asked for a moment: both are compared.
 
-Asked for: answers of the statuses that are right for their kind, and the same bytes for each image;
-growth of less than MAX_GROWTH_MB in all processes together, and none of file descriptors, from the
-warm-up to the end; gauges that are zero then; and counters that agree.
+Asked for: answers of the statuses that are right for their kind, at most MAX_REFUSED of them 429,
+and the same bytes for each image; growth of less than MAX_GROWTH_MB in all processes together, and
+none of file descriptors, from the warm-up to the end; gauges that are zero then; and counters that
+agree.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from arrivals import Fields, Known, Subject, know, percentiles, poisson_times
 from disconnects import MOMENTS, leave
 from http_client import NoAnswerError, generate_message, message
 from live_server import LiveServer, start_server
-from load import DROPPED, HUNG, Figures, closed_loop
+from load import DROPPED, HUNG, Figures, measure_capacity, running
 from service_checks import GAUGES, conclude, end, scrape, settle, usage_at_rest
 
 SHARES = (0.3, 0.6, 0.8, 0.5)
@@ -39,6 +41,8 @@ PHASE_S = 60.0
 SAMPLE_S = 10.0
 KNOWN = 60
 CAPACITY_S = 20.0
+QUEUE_S = 20.0
+MAX_REFUSED = 0.01
 MAX_GROWTH_MB = 50.0
 
 KINDS = {
@@ -51,7 +55,11 @@ KINDS = {
     "refused": (0.05, {"400", "413", "415", "422"}),
     "look": (0.05, {"200"}),
 }
-"""The share of each kind of request, and what it may be answered with."""
+"""The share of each kind of request, and what it may be answered with; all that ask for images also
+with 429, a few of them."""
+SEVERAL = (2, 8)
+IMAGES_PER_REQUEST = 0.9 + 0.1 * (sum(SEVERAL) / 2 - 1)
+"""As if all stayed and none came too late; who is refused and who looks ask for none."""
 LOOKS = ("/health/live", "/health/ready", "/metrics", "/info", "/classes")
 
 
@@ -70,7 +78,7 @@ def refused(fields: Fields, draw: np.random.Generator) -> bytes:
 def request_of(kind: str, fields: Fields, draw: np.random.Generator) -> bytes:
     match kind:
         case "several":
-            fields = fields | {"n": int(draw.integers(2, 9))}
+            fields = fields | {"n": int(draw.integers(SEVERAL[0], SEVERAL[1] + 1))}
         case "format":
             fields = fields | {"format": str(draw.choice(("jpeg", "webp", "png")))}
         case "priority":
@@ -151,24 +159,26 @@ class Samples:
 
 
 async def crowd_for(crowd: Crowd, capacity: float, seconds: float) -> None:
-    """Phases of all SHARES in turn; at the end nobody is left."""
+    """`capacity` in images a second. Phases of all SHARES in turn; at the end nobody is left."""
     end_at = time.perf_counter() + seconds
     for share in cycle(SHARES):
         left = end_at - time.perf_counter()
         if left <= 0:
             break
-        await crowd.arrive(share * capacity, min(PHASE_S, seconds / len(SHARES), left))
+        await crowd.arrive(
+            share * capacity / IMAGES_PER_REQUEST, min(PHASE_S, seconds / len(SHARES), left)
+        )
     await settle(crowd.client)
     await crowd.client.close()
 
 
-async def run(server: LiveServer, args: argparse.Namespace) -> tuple[Figures, dict[str, bool]]:
+async def run(
+    server: LiveServer, capacity: float, args: argparse.Namespace
+) -> tuple[Figures, dict[str, bool]]:
     draw = np.random.default_rng(args.seed)
     client = server.client()
     subject = await Subject.of(client)
     known = await know(client, subject.draw(KNOWN, draw))
-    capacity_s = min(CAPACITY_S, args.seconds / 10)
-    capacity = len(await closed_loop(client, known, capacity_s, draw)) / capacity_s
     await client.close()
     crowd = Crowd(server, subject, known, args.seed)
     samples = Samples(server, min(SAMPLE_S, args.seconds / 30))
@@ -180,9 +190,12 @@ async def run(server: LiveServer, args: argparse.Namespace) -> tuple[Figures, di
     await asyncio.gather(collecting, return_exceptions=True)
     await samples.client.close()
     figures, criteria = await end(server, client)
+    total = sum(crowd.statuses.values(), Counter())
+    refused = total["429"] / total.total()
     growth = {name: figures["usage"][name] - warm[name] for name in ("rss_mb", "fds", "threads")}
     return {
         "seconds": args.seconds,
+        "queue_s": QUEUE_S,
         "warm_up_s": args.warm_up,
         "capacity_per_s": capacity,
         "statuses": crowd.statuses,
@@ -194,8 +207,10 @@ async def run(server: LiveServer, args: argparse.Namespace) -> tuple[Figures, di
         "samples": samples.rows,
     } | figures, {
         "every answer is right for its kind": all(
-            set(crowd.statuses[kind]) <= allowed for kind, (_, allowed) in KINDS.items()
+            set(crowd.statuses[kind]) <= allowed | ({"429"} if "200" in allowed else set())
+            for kind, (_, allowed) in KINDS.items()
         ),
+        f"{refused:.2%} were refused for a full queue": refused <= MAX_REFUSED,
         "every image is the one made alone": not crowd.num_wrong,
         f"memory grew by {growth['rss_mb']:.1f} MB": growth["rss_mb"] < MAX_GROWTH_MB,
         f"file descriptors grew by {growth['fds']:.0f}": growth["fds"] <= 0,
@@ -226,9 +241,12 @@ def draw_plot(rows: Sequence[dict[str, float | None]], path: Path) -> None:
 
 
 async def measure(args: argparse.Namespace) -> int:
-    with start_server(args.model) as server:
+    async with running(args.model, [], args.seed) as parts:
+        capacity = await measure_capacity(*parts, min(CAPACITY_S, args.seconds / 10))
+    max_queue = round(QUEUE_S * capacity["evaluations_per_s"])
+    with start_server(args.model, [f"--max-queue={max_queue}"]) as server:
         await asyncio.to_thread(server.wait_until_ready)
-        figures, criteria = await run(server, args)
+        figures, criteria = await run(server, capacity["goodput_per_s"], args)
     for kind, statuses in figures["statuses"].items():
         sys.stdout.write(f"{kind}: {dict(statuses)}\n")
     for name in ("latency_s", "usage_after_warm_up", "usage", "rss_mb_per_hour"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import queue
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.1
+TRIM_S = 10.0
 
 
 class Relay:
@@ -151,13 +153,16 @@ class Worker:
             self._outbox.put(messages.Refused(ticket, failure))
 
     def _report(self) -> None:
-        facts, next_beat = None, 0.0
+        facts, next_beat, next_trim = None, 0.0, 0.0
         while True:
             with suppress(queue.Empty):
                 self._send(self._outbox.get(timeout=max(0.0, next_beat - time.monotonic())))
             if time.monotonic() < next_beat:
                 continue
             next_beat = time.monotonic() + BEAT_S
+            if time.monotonic() >= next_trim:
+                next_trim = time.monotonic() + TRIM_S
+                trim_heap()
             engine = self._engine
             if engine is None:
                 self._send(messages.Beat(progress="the model is being loaded"))
@@ -208,6 +213,16 @@ class Worker:
         """At once: a device that has failed may not let go of its process in an orderly way."""
         self._send(messages.Failed(reason, detail, is_permanent))
         os._exit(1)
+
+
+def trim_heap() -> None:
+    """Give back to the system what lies free between blocks in use, where malloc is glibc's.
+
+    Steps of ever other sizes leave it in pieces: of the digits' 1,270 MB on a CPU 105 were free
+    after 150 s of load. One call took 9 to 16 ms.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def main() -> None:

@@ -407,7 +407,9 @@ def test_too_many_connections_get_429(serve: Serve) -> None:
     with serve("--max-connections=3") as (url, process), ExitStack() as clients:
         assert_healthy(url)
         held = [clients.enter_context(connect(url)) for _ in range(3)]
-        for client in held:
+        for client in held:  # the first request, so that the server knows of all before the others
+            client.sendall(LIVE)
+            assert read_one(client)[0] == 200
             client.sendall(b"GET / HTTP/1.1\r\n")
         for _ in range(5):
             answer = exchange(url, LIVE)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 import socket
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+import psutil
 import pytest
 
 from rae.server import messages
 from rae.server.errors import ApiError, EngineClosedError, QueueFullError
-from rae.server.worker import Worker
+from rae.server.worker import Worker, trim_heap
 
 SUBMIT = messages.Submit(
     ticket=1,
@@ -48,3 +50,15 @@ def test_who_is_refused_at_the_door_is_told(worker: Worker) -> None:
     error = QueueFullError(1.0, 1.0, 1.0, 1.0)
     worker._submit(refusing(error, None), SUBMIT)
     assert worker._outbox.get_nowait() == messages.Refused(1, error)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_what_lies_free_between_blocks_in_use_goes_back_to_the_system() -> None:
+    process = psutil.Process()
+    blocks = [b"x" * 64_000 for _ in range(2000)]
+    kept = blocks[::20]
+    del blocks
+    before = process.memory_info().rss
+    trim_heap()
+    assert before - process.memory_info().rss > 100e6
+    assert {len(block) for block in kept} == {64_000}
