@@ -51,9 +51,8 @@ class TarShards:
         if len(unlabelled) == len(self):
             self.class_labels = np.zeros_like(self.class_labels)
         elif len(unlabelled):
-            raise ValueError(
-                f"{len(unlabelled)} of {len(self)} images have no .cls, as {self.name(unlabelled[0])}"
-            )
+            name = self.name(unlabelled[0])
+            raise ValueError(f"{len(unlabelled)} of {len(self)} images have no .cls, as {name}")
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -38,17 +38,8 @@ def contents(source: ImageFolder | TarShards) -> list[tuple[bytes, int]]:
 
 
 def test_a_folder_of_classes_is_as_torchvision_reads_it(tmp_path: Path) -> None:
-    names = [
-        "b/2.png",
-        "b/10.JPEG",
-        "a/x.jpg",
-        "a/deep/y.webp",
-        "B/z.png",
-        "b/é.png",
-        "a/notes.txt",
-    ]
-    root = fill(tmp_path / "set", *names)
-    fill(root, ".cache/hidden.png")
+    names = ["b/2.png", "b/10.JPEG", "a/x.jpg", "a/deep/y.webp", "B/z.png", "b/é.png"]
+    root = fill(tmp_path / "set", *names, ".cache/hidden.png", "a/notes.txt")
     expected = TorchvisionFolder(str(root), is_valid_file=None, loader=str)
     hidden = expected.class_to_idx[".cache"]
     source = ImageFolder(root)
