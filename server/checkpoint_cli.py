@@ -1,3 +1,5 @@
+from rae.models.command_line import takes
+
 """The commands of `rae` that are about checkpoint folders. Light, as server/cli.py is."""
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from typing import Annotated
 import typer
 
 from rae.server.command_settings import ConvertSettings, ReconstructSettings
-from rae.server.settings import find_folder, takes
+from rae.server.settings import find_folder
 from rae.server.terminal import fail
 
 checkpoints = typer.Typer()

@@ -1,3 +1,5 @@
+from rae.models.command_line import takes
+
 """The `rae` command. Light: what a command needs is imported when it runs."""
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from rae.models import labels
 from rae.server.checkpoint_cli import checkpoints
 from rae.server.command_settings import ClassesSettings, GenerateSettings, SampleSettings
 from rae.server.serve_settings import ServeSettings
-from rae.server.settings import EngineSettings, server_version, takes
+from rae.server.settings import EngineSettings, server_version
 from rae.server.stopping import Stopping
 from rae.server.terminal import fail
 

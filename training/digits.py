@@ -23,7 +23,7 @@ from rae.models.encoder import Encoder
 from rae.models.guidance import Guidance
 from rae.models.rae import RAE
 from rae.models.verify import record_fingerprints
-from rae.training.data import (
+from rae.training.digits_data import (
     CLASS_NAMES,
     IMAGE_SIZE,
     Digits,
@@ -40,7 +40,7 @@ from rae.training.encoder_mae import (
     normalise,
     train_encoder,
 )
-from rae.training.evaluate import generate, protocol_labels, save_grid
+from rae.training.digits_judge import generate, protocol_labels, save_grid
 from rae.training.loop import OnStep, Plan
 from rae.training.stats import LatentStatistics
 

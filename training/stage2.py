@@ -116,7 +116,7 @@ def train_dit(
             start_step=start,
         ),
         settings.trainer(
-            recipe.steps(recipe.epochs, len(samples)),
+            recipe.num_steps(len(samples)),
             [recipe.steps(epoch, len(samples)) for epoch in recipe.milestone_epochs],
         ),
         world,

@@ -20,7 +20,7 @@ from rae.models.checkpoint import Checkpoint
 from rae.models.guidance import Guidance
 from rae.models.rae import RAE
 from rae.models.sampling import denoise, draw_noise, timesteps, to_uint8
-from rae.training.data import CLASS_NAMES, IMAGE_SIZE, Digits, render, split_digits, to_scans
+from rae.training.digits_data import CLASS_NAMES, IMAGE_SIZE, Digits, render, split_digits, to_scans
 
 SVC_GAMMA = 0.001
 PER_CLASS = 100
