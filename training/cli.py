@@ -22,7 +22,13 @@ from transformers.utils.logging import disable_progress_bar
 from rae.models.checkpoint import DECODER_FILE, DIT_DH_FILE, GUIDE_FILE, load_checkpoint
 from rae.models.checkpoint_config import CheckpointError
 from rae.training.digits import SAMPLES_PER_CLASS, Recipe, train_digits
-from rae.training.digits_judge import Criterion, evaluate, generate_default, protocol_labels, save_grid
+from rae.training.digits_judge import (
+    Criterion,
+    evaluate,
+    generate_default,
+    protocol_labels,
+    save_grid,
+)
 from rae.training.loop import DivergedError
 
 FILES = (DIT_DH_FILE, DECODER_FILE, GUIDE_FILE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,10 +12,14 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from rae.models.embedders import sincos_2d
 from rae.training.batch import Batch
+from rae.training.distributed import World
 from rae.training.draws import generators
 from rae.training.learner import Learner
-from rae.training.precision import Precision, autocast
+from rae.training.precision import Precision, autocast, set_matmul_precision
 from rae.training.recipe import Recipe
+from rae.training.run import RunSettings, step_batches
+from rae.training.samples import Samples
+from rae.training.trainer import Report, Trainer
 
 IMAGE_MEAN = (0.5, 0.5, 0.5)
 IMAGE_STD = (0.5, 0.5, 0.5)
@@ -80,7 +83,44 @@ class MAETask:
         return None
 
 
-def save_encoder(learner: Learner[nn.Module], folder: Path) -> None:
-    """The averaged encoder, without the decoder that masked patches were predicted with."""
-    with learner.averaged() as module:
-        cast(ViTMAEForPreTraining, module).vit.save_pretrained(folder)
+def train_mae(
+    recipe: MAERecipe, samples: Samples, settings: RunSettings, world: World, report: Report
+) -> bool:
+    """Whether the run is done and OUT/vit written: the averaged encoder as transformers has it,
+    without the decoder that masked patches were predicted with."""
+    set_matmul_precision(settings.precision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        mae = build_mae(ViTMAEConfig(**recipe.vit))
+    learner = Learner[nn.Module](
+        mae,
+        world,
+        recipe.adamw,
+        recipe.lr_schedule(len(samples)),
+        ema_decay=recipe.ema_decay,
+        ema_rises=recipe.ema_rises,
+        strategy=settings.strategy,
+    )
+    trainer = Trainer(
+        MAETask(learner, recipe.seed, settings.precision),
+        lambda start: step_batches(
+            samples,
+            settings,
+            world,
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+            start_step=start,
+        ),
+        settings.trainer(recipe.num_steps(len(samples))),
+        world,
+        settings.out,
+        report,
+    )
+    if not trainer.run():
+        return False
+    weights = learner.averages()
+    if world.is_first:
+        mae.load_state_dict(weights)
+        mae.vit.save_pretrained(settings.out / "vit")
+    world.barrier()
+    return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from rae.models.config import require_types
 from rae.training.learner import AdamWConfig
@@ -12,7 +12,6 @@ from rae.training.lr_schedule import LRSchedule
 from rae.training.overrides import suggestion
 
 IMAGENET_IMAGES = 1_281_167
-MAY_BE_ZERO = ("warmup_epochs", "constant_epochs", "weight_decay", "seed", "ema_decay")
 
 R = TypeVar("R")
 
@@ -41,8 +40,12 @@ class Recipe:
     ema_rises: bool = False
     seed: int = 0
 
+    may_be_zero: ClassVar[tuple[str, ...]] = (
+        *("warmup_epochs", "constant_epochs", "final_lr", "weight_decay", "ema_decay", "seed"),
+    )
+
     def __post_init__(self) -> None:
-        require_types(self, may_be_zero=MAY_BE_ZERO)
+        require_types(self, may_be_zero=self.may_be_zero)
         if self.warmup_epochs + self.constant_epochs > self.epochs:
             raise ValueError(
                 f"warmup_epochs {self.warmup_epochs:g} and constant_epochs "
@@ -64,7 +67,8 @@ class Recipe:
         per_epoch = num_images // self.batch_size
         if not per_epoch:
             raise ValueError(
-                f"{num_images} images are less than one batch: --set batch_size={num_images}"
+                f"{num_images} images are less than one batch of {self.batch_size}: "
+                f"--set batch_size={num_images}"
             )
         return round(epochs * per_epoch)
 

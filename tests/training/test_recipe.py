@@ -42,7 +42,9 @@ def test_a_schedule_that_warms_up_and_falls_as_a_cosine() -> None:
 
 
 def test_fewer_images_than_a_batch_are_refused() -> None:
-    with pytest.raises(ValueError, match="1023 images are less than one batch: --set batch_size"):
+    with pytest.raises(
+        ValueError, match="1023 images are less than one batch of 1024: --set batch_size"
+    ):
         XL.lr_schedule(1023)
 
 
