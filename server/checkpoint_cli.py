@@ -1,5 +1,3 @@
-from rae.models.command_line import takes
-
 """The commands of `rae` that are about checkpoint folders. Light, as server/cli.py is."""
 
 from __future__ import annotations
@@ -9,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rae.models.command_line import takes
 from rae.server.command_settings import ConvertSettings, ReconstructSettings
 from rae.server.settings import find_folder
 from rae.server.terminal import fail

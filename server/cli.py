@@ -1,5 +1,3 @@
-from rae.models.command_line import takes
-
 """The `rae` command. Light: what a command needs is imported when it runs."""
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from rae.models import labels
+from rae.models.command_line import takes
 from rae.server.checkpoint_cli import checkpoints
 from rae.server.command_settings import ClassesSettings, GenerateSettings, SampleSettings
 from rae.server.serve_settings import ServeSettings

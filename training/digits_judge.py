@@ -24,6 +24,7 @@ from rae.training.digits_data import CLASS_NAMES, IMAGE_SIZE, Digits, render, sp
 
 SVC_GAMMA = 0.001
 PER_CLASS = 100
+SAMPLES_PER_CLASS = 8
 BATCH = 100
 
 
@@ -174,7 +175,7 @@ def save_grid(images: Tensor, columns: int, path: Path, scale: int = 1) -> None:
     Image.fromarray(sheet.numpy()).quantize(64).save(path, optimize=True)
 
 
-def evaluate(checkpoint: Checkpoint, *, per_class: int = PER_CLASS) -> list[Criterion]:
+def judge_checkpoint(checkpoint: Checkpoint, *, per_class: int = PER_CLASS) -> list[Criterion]:
     """Every figure of the embedded model, with its bound where it has one.
 
     The default guidance is held to all bounds, the unguided model to its legibility; AutoGuidance
