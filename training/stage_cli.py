@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -249,13 +249,8 @@ def open_rae(
     else:
         config, _ = read_any_config(folder)
         rae = load_rae(config, folder / DECODER_FILE)
-    config = AutoencoderConfig(
-        **{
-            key: getattr(config, key)
-            for key in asdict(config)
-            if key in AutoencoderConfig.__dataclass_fields__
-        }
-    )
+    own = {field.name: getattr(config, field.name) for field in fields(AutoencoderConfig)}
+    config = AutoencoderConfig(**own)  # of a folder that may hold a DiT^DH, too
     if statistics is not None:
         shape = tuple(rae.latents_var.shape)
         rae.latents_mean, rae.latents_var = read_statistics(statistics, shape)
