@@ -164,9 +164,7 @@ def test_the_losses_networks_have_as_many_operations_as_torch_counts() -> None:
     both = lpips_flops(64)
     assert counted(lambda: vgg(image)) == Flops(both.forward // 2, both.backward)
 
-    features = torch.empty(
-        NUM, DISCRIMINATOR.hidden_size, DISCRIMINATOR.num_patches, device="meta"
-    )
+    features = torch.empty(NUM, DISCRIMINATOR.hidden_size, DISCRIMINATOR.num_patches, device="meta")
     one = counted(lambda: torch.cat([head(features) for head in heads]))
     update, adversarial = discriminator_flops()
     trunk = encoder_flops(DISCRIMINATOR)
