@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +56,16 @@ class Snapshots:
             self._clear()
         self.world.barrier()
         try:
-            dcp.save(self._state(step), checkpoint_id=partial, no_dist=self.world.size == 1)
+            with quietly():
+                dcp.save(self._state(step), checkpoint_id=partial, no_dist=self.world.size == 1)
         except (OSError, dcp.CheckpointException) as error:
             problem = error
         if self.world.any(problem is not None):
             if self.world.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(f"{partial.parent}: the snapshot of step {step} could not be written: "
-                          f"{problem}")
+            raise OSError(
+                f"{partial.parent}: the snapshot of step {step} could not be written: {problem}"
+            )
         if self.world.is_first:
             partial.replace(self.path(step))
             sync(self.folder)
@@ -73,7 +77,8 @@ class Snapshots:
         """Raises ValueError where the snapshot is of other modules."""
         state = self._state(0)
         try:
-            dcp.load(state, checkpoint_id=self.path(step), no_dist=self.world.size == 1)
+            with quietly():
+                dcp.load(state, checkpoint_id=self.path(step), no_dist=self.world.size == 1)
         except (dcp.CheckpointException, RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"{self.path(step)} does not fit this run: {error}") from error
         for name, learner in self.learners.items():
@@ -88,6 +93,14 @@ class Snapshots:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(path)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """One process alone is no accident."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def sync(folder: Path) -> None:
