@@ -132,7 +132,8 @@ def test_the_losses_networks_keep_what_torch_saves() -> None:
         attention_probs_dropout_prob=0.0,
         attn_implementation="sdpa",
     )
-    trunk = transformers.ViTModel(config, add_pooling_layer=False).requires_grad_(False)
+    trunk = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    trunk.requires_grad_(False)
     shape = ViTShape(
         image_size=64,
         patch_size=8,
