@@ -25,8 +25,6 @@ NUM_FREQUENCIES = 256
 
 # Of a VGG16 with 3×3 convolutions: widths, None where the sides are halved.
 VGG16 = (64, 64, None, 128, 128, None, *(256,) * 3, None, *(512,) * 3, None, *(512,) * 3)
-DISCRIMINATOR_SIZE = 224
-DISCRIMINATOR_HEADS = 5
 DISCRIMINATOR_KERNEL = 9
 
 
@@ -93,8 +91,9 @@ ENCODERS: dict[EncoderKind, ViTShape] = {
     "siglip2": ViTShape(image_size=256, patch_size=16),
     "mae": ViTShape(image_size=256, patch_size=16, num_extra_tokens=1),
 }
-DISCRIMINATOR = ViTShape(
-    image_size=DISCRIMINATOR_SIZE,
+# The DINO ViT-S/8 of the published discriminator.
+DINO = ViTShape(
+    image_size=224,
     patch_size=8,
     hidden_size=384,
     num_heads=6,
@@ -176,15 +175,20 @@ def lpips_flops(image_size: int) -> Flops:
     return Flops(forward=4 * macs, backward=2 * macs)
 
 
-def discriminator_flops() -> tuple[Flops, Flops]:
+def discriminator_flops(trunk: ViTShape, num_heads: int) -> tuple[Flops, Flops]:
     """Of its own update, on an image and a reconstruction, and of the decoder's adversarial term,
-    on a reconstruction whose gradient is taken. The trunk, a DINO ViT-S/8, is frozen."""
-    trunk, dim = encoder_flops(DISCRIMINATOR), DISCRIMINATOR.hidden_size
-    per_token = dim * dim + DISCRIMINATOR_KERNEL * dim * dim + dim
-    heads = 2 * DISCRIMINATOR_HEADS * DISCRIMINATOR.num_patches * per_token
-    first = 2 * DISCRIMINATOR_HEADS * DISCRIMINATOR.num_patches * dim * dim
-    update = Flops(forward=2 * (trunk + heads), backward=2 * (2 * heads - first))
-    return update, Flops(forward=trunk + heads, backward=trunk + heads)
+    on a reconstruction whose gradient is taken. The trunk is frozen, the heads on its patches
+    learn."""
+    frozen, dim = encoder_flops(trunk), trunk.hidden_size
+    heads = 2 * trunk.num_patches * num_heads * head_parameters(dim)
+    first = 2 * trunk.num_patches * num_heads * dim * dim
+    update = Flops(forward=2 * (frozen + heads), backward=2 * (2 * heads - first))
+    return update, Flops(forward=frozen + heads, backward=frozen + heads)
+
+
+def head_parameters(dim: int) -> int:
+    """Of three convolutions, without biases."""
+    return dim * dim + DISCRIMINATOR_KERNEL * dim * dim + dim
 
 
 def _flops(macs: int, first_macs: int) -> Flops:

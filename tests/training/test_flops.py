@@ -17,8 +17,7 @@ from rae.models.config import CONFIGS, DECODER_CONFIGS, DecoderConfig, DiTDHConf
 from rae.models.dit import DiTConfig
 from rae.models.encoder import Encoder
 from rae.training.flops import (
-    DISCRIMINATOR,
-    DISCRIMINATOR_HEADS,
+    DINO,
     ENCODERS,
     Flops,
     ModelConfig,
@@ -159,16 +158,15 @@ def test_the_published_encoders_are_transformers_own() -> None:
 def test_the_losses_networks_have_as_many_operations_as_torch_counts() -> None:
     with torch.device("meta"):
         vgg = torchvision.models.vgg16().features.requires_grad_(False)
-        heads = nn.ModuleList(stand_in_head(DISCRIMINATOR.hidden_size) for _ in range(5))
+        heads = nn.ModuleList(stand_in_head(DINO.hidden_size) for _ in range(5))
         image = torch.empty(NUM, 3, 64, 64, requires_grad=True)
     both = lpips_flops(64)
     assert counted(lambda: vgg(image)) == Flops(both.forward // 2, both.backward)
 
-    features = torch.empty(NUM, DISCRIMINATOR.hidden_size, DISCRIMINATOR.num_patches, device="meta")
+    features = torch.empty(NUM, DINO.hidden_size, DINO.num_patches, device="meta")
     one = counted(lambda: torch.cat([head(features) for head in heads]))
-    update, adversarial = discriminator_flops()
-    trunk = encoder_flops(DISCRIMINATOR)
-    assert len(heads) == DISCRIMINATOR_HEADS
+    update, adversarial = discriminator_flops(DINO, len(heads))
+    trunk = encoder_flops(DINO)
     assert update == Flops(2 * (trunk + one.forward), 2 * one.backward)
     assert adversarial == Flops(trunk + one.forward, trunk + one.forward)
 
