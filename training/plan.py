@@ -88,8 +88,8 @@ class Phase:
 class Plan:
     """Of `recipe` on `cluster`. `pre_encoded`: latents from a folder, so that no encoder runs.
 
-    Raises ValueError for a batch that the GPUs, or GPUs and `micro_batch`, do not divide, and
-    for a decoder that is to learn from latents alone.
+    Raises ValueError for a batch that the GPUs, or GPUs and `micro_batch`, do not divide, fewer
+    images than one batch, and a decoder that is to learn from latents alone.
     """
 
     recipe: Recipe
@@ -99,6 +99,7 @@ class Plan:
     micro_batch: int | None = None
 
     def __post_init__(self) -> None:
+        self.recipe.steps(1, self.num_images)
         batch, gpus = self.recipe.batch_size, self.cluster.num_gpus
         if batch % gpus:
             raise ValueError(f"{gpus} GPUs do not divide a batch of {batch}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +18,8 @@ from rae.training.precision import Precision
 from rae.training.presets import IMAGENET_IMAGES
 
 GIB = 2**30
+
+Row = tuple[str, str]
 
 
 def plan_command(
@@ -59,93 +62,89 @@ def plan_command(
             pre_encoded=latents,
             micro_batch=micro_batch,
         )
-        plan.steps_per_epoch  # noqa: B018
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    for table in (work(plan, preset), memory(plan), time(plan), disk(plan)):
-        console.print(table)
+    console.print(sheet(plan, preset))
     console.print(verdict(plan))
     if not plan.fits(plan.used_micro_batch):
         raise typer.Exit(1)
 
 
-def section(title: str, rows: Iterator[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, min_width=60)
+def sheet(plan: Plan, preset: str) -> Table:
+    cluster = plan.cluster
+    encoder = "the encoder included" if plan.encoder else "without the encoder"
+    sharing = {"ddp": "DDP", "fsdp": "FSDP"}[cluster.strategy] if cluster.num_gpus > 1 else "alone"
+    table = Table(box=SIMPLE, show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for row in rows:
-        table.add_row(*row)
+    for title, rows in (
+        (f"{preset}, {encoder}", work(plan)),
+        (f"Memory of each {cluster.gpu_name} ({sharing}, {cluster.precision})", memory(plan)),
+        (f"Time on {cluster.num_gpus} × {cluster.gpu_name}", time(plan)),
+        ("Written", disk(plan)),
+    ):
+        table.add_section()
+        table.add_row(f"[bold]{title}")
+        for name, value in rows:
+            table.add_row(f"  {name}", value)
     return table
 
 
-def work(plan: Plan, preset: str) -> Table:
-    def rows() -> Iterator[tuple[str, str]]:
-        yield "trained parameters", f"{plan.num_parameters / 1e6:,.1f} M"
-        yield "batch", f"{plan.recipe.batch_size:,} images"
-        yield "steps an epoch", f"{plan.steps_per_epoch:,}"
-        yield "steps", f"{plan.num_steps:,} ({plan.recipe.epochs:g} epochs)"
-        yield "images seen", f"{plan.images_seen / 1e6:,.1f} M"
-        for phase in plan.phases:
-            name = "an image" if len(plan.phases) == 1 else f"an image: {phase.name}"
-            cost = f"{phase.flops_per_image / 1e9:,.1f} GFLOP"
-            yield name, cost if len(plan.phases) == 1 else f"{phase.num_steps:,} steps of {cost}"
-        yield "a step", f"{plan.step_flops / 1e12:,.1f} TFLOP"
-        yield "the run", f"{plan.flops / 1e18:,.2f} EFLOP"
-
-    encoder = "encoder included" if plan.encoder else "without the encoder"
-    return section(f"{preset}: work ({encoder})", rows())
+def work(plan: Plan) -> Iterator[Row]:
+    yield "trained parameters", f"{plan.num_parameters / 1e6:,.1f} M"
+    yield "batch", f"{plan.recipe.batch_size:,} images"
+    yield "steps an epoch", f"{plan.steps_per_epoch:,}"
+    yield f"steps of {plan.recipe.epochs:g} epochs", f"{plan.num_steps:,}"
+    yield "images seen", f"{plan.images_seen / 1e6:,.1f} M"
+    for phase in plan.phases:
+        cost = f"{phase.flops_per_image / 1e9:,.1f} GFLOP"
+        if len(plan.phases) == 1:
+            yield "an image", cost
+        else:
+            yield f"an image in {phase.num_steps:,} steps of {phase.name}", cost
+    yield "a step", f"{plan.step_flops / 1e12:,.1f} TFLOP"
+    yield "the run", f"{plan.flops / 1e18:,.2f} EFLOP"
 
 
-def memory(plan: Plan) -> Table:
-    cluster, micro_batch = plan.cluster, plan.used_micro_batch
-
-    def rows() -> Iterator[tuple[str, str]]:
-        state = plan.state
-        activations = micro_batch * plan.activation_bytes
-        parts = {
-            "weights, fp32": state.weights,
-            "gradients, fp32": state.gradients,
-            "AdamW's two moments": state.moments,
-            "EMA": state.ema,
-            "copies of weights and gradients": state.working,
-            "encoder and networks of the loss": plan.frozen_bytes,
-            f"activations of {micro_batch} images": activations,
-        }
-        for name, size in parts.items():
-            yield name, gib(size)
-        yield "in all", gib(plan.bytes_with(micro_batch))
-        reserve = f"{gib(RESERVE_BYTES)} for CUDA and {FRAGMENTATION:.0%}"
-        yield f"usable of {cluster.gpu.memory_gib:g} GiB, less {reserve}", gib(cluster.usable_bytes)
-
-    sharing = {"ddp": "DDP", "fsdp": "FSDP"}[cluster.strategy] if cluster.num_gpus > 1 else "alone"
-    return section(f"Memory of each {cluster.gpu_name} ({sharing}, {cluster.precision})", rows())
+def memory(plan: Plan) -> Iterator[Row]:
+    state, micro_batch = plan.state, plan.used_micro_batch
+    parts = {
+        "weights, fp32": state.weights,
+        "gradients, fp32": state.gradients,
+        "AdamW's two moments": state.moments,
+        "EMA": state.ema,
+        "copies of weights and gradients": state.working,
+        "encoder and networks of the loss": plan.frozen_bytes,
+        f"activations of {micro_batch} images, not compiled": micro_batch * plan.activation_bytes,
+        "in all": plan.bytes_with(micro_batch),
+    }
+    for name, size in parts.items():
+        yield name, gib(size)
+    reserve = f"{RESERVE_BYTES / GIB:g} GiB for CUDA and {FRAGMENTATION:.0%}"
+    usable = gib(plan.cluster.usable_bytes)
+    yield f"usable of {plan.cluster.gpu.memory_gib:g} GiB, less {reserve}", usable
 
 
-def time(plan: Plan) -> Table:
+def time(plan: Plan) -> Iterator[Row]:
     cluster = plan.cluster
-
-    def rows() -> Iterator[tuple[str, str]]:
-        peak = cluster.gpu.peak_flops(cluster.precision) / 1e12
-        yield f"peak of a GPU in {cluster.precision}, datasheet", f"{peak:,.0f} TFLOP/s"
-        yield "MFU", f"{cluster.mfu:.0%}, an assumption: --mfu"
-        yield (
-            "images/s",
-            f"{plan.images_per_s:,.0f} ({plan.images_per_s / cluster.num_gpus:,.0f} a GPU)",
-        )
-        yield "a step", f"{plan.seconds / plan.num_steps:.3f} s"
-        yield "GPU-hours", f"{plan.gpu_hours:,.1f}"
-        yield "days", f"{plan.days:,.2f}"
-
-    return section(f"Time on {cluster.num_gpus} × {cluster.gpu_name}", rows())
+    peak = cluster.gpu.peak_flops(cluster.precision) / 1e12
+    yield f"peak of a GPU in {cluster.precision}, datasheet", f"{peak:,.0f} TFLOP/s"
+    yield "MFU, an assumption (--mfu)", f"{cluster.mfu:.0%}"
+    yield "images/s", f"{plan.images_per_s:,.0f}"
+    yield "images/s that each GPU's data loader has to give", per_gpu(plan)
+    yield "a step", f"{plan.seconds / plan.num_steps:.3f} s"
+    yield "GPU-hours", f"{plan.gpu_hours:,.1f}"
+    yield "days", f"{plan.days:,.2f}"
 
 
-def disk(plan: Plan) -> Table:
-    def rows() -> Iterator[tuple[str, str]]:
-        yield "snapshots/step-…: to go on from, each", gib(plan.snapshot_bytes)
-        yield "the exported EMA weights", gib(plan.export_bytes)
-        yield "log.jsonl, events.log, loss.png, samples/", "small"
+def per_gpu(plan: Plan) -> str:
+    return f"{plan.images_per_s / plan.cluster.num_gpus:,.0f}"
 
-    return section("Written", rows())
+
+def disk(plan: Plan) -> Iterator[Row]:
+    yield "snapshots/, to go on from: each", gib(plan.snapshot_bytes)
+    yield "the finished model, its EMA weights", gib(plan.export_bytes)
+    yield "log.jsonl, events.log, loss.png, samples/", "little"
 
 
 def verdict(plan: Plan) -> str:

@@ -78,7 +78,7 @@ def counted(forward: Callable[[], Tensor]) -> Flops:
         replace(TINY, head_hidden_size=32, use_swiglu=False),
         replace(TINY, use_qknorm=True, use_rmsnorm=False, mlp_ratio=3.7, class_dropout_prob=0),
         CONFIGS["DiTDH-S-256"],
-        CONFIGS["DiTDH-XL-512"],
+        replace(CONFIGS["DiTDH-XL-512"], depth=2),
         TINY_DIT,
         replace(TINY_DIT, use_swiglu=False),
         TINY_DECODER,

@@ -115,7 +115,9 @@ def test_activations_are_what_torch_saves(config: ModelConfig, precision: Precis
 
 def test_the_losses_networks_keep_what_torch_saves() -> None:
     """Their weights are frozen, so that a linear or a convolution does not keep its input."""
-    vgg = torchvision.models.vgg16(init_weights=False).features.requires_grad_(False)
+    with torch.device("meta"):  # without the memory of its 120 M weights of a classifier
+        vgg = torchvision.models.vgg16(init_weights=False).features.requires_grad_(False)
+    vgg.to_empty(device="cpu")
     image = torch.randn(1, 3, 64, 64, requires_grad=True)
     measured = saved_by(vgg, lambda: vgg(image)) - image.nbytes
     features = lpips_bytes(64) - tapped_bytes(64)
