@@ -82,7 +82,10 @@ class RAE(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Normalised latents (B, C, h, w) of images (B, 3, H, W) in [0, 1]."""
-        latents = self.encode_raw(images)
+        return self.normalise(self.encode_raw(images))
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """By the statistics, of latents (B, C, h, w) as the encoder gives them."""
         if self.latents_mean is not None:
             latents = latents - self.latents_mean
         return latents / self.latents_std

@@ -1,0 +1,41 @@
+"""What a loader yields: the samples of one micro-batch of one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """`positions` (B,) are places in the endless stream of samples, which all randomness follows
+    from; `class_labels` (B,) int64; `images` (B, 3, S, S) uint8 or `latents` (B, C, h, w) as the
+    encoder gives them. `num_skipped` unreadable images were replaced.
+    """
+
+    positions: Tensor
+    class_labels: Tensor
+    images: Tensor | None = None
+    latents: Tensor | None = None
+    num_skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def to(self, device: torch.device) -> Self:
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in self._tensors().items()
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Self:
+        return replace(
+            self, **{name: value.pin_memory() for name, value in self._tensors().items()}
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
