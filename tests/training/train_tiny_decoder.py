@@ -1,14 +1,16 @@
 """A few steps of stage 1 on made-up latents, as one process of several or alone; a test starts it.
 
-    train_tiny_decoder.py FILE [--strategy ddp]
+    train_tiny_decoder.py FOLDER
 
-FILE has the weights of the decoder and of the discriminator's heads at the end.
+FOLDER/ddp.safetensors and fsdp.safetensors have the weights of the decoder and of the
+discriminator's heads at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors.torch import save_file
@@ -110,14 +112,14 @@ def train(world: World, strategy: Strategy = "ddp") -> dict[str, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--strategy", default="ddp")
+    parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with joined("cpu") as world:
-        weights = train(world, args.strategy)
-        if world.is_first:
-            save_file(weights, args.file)
+        for strategy in get_args(Strategy):
+            weights = train(world, strategy)
+            if world.is_first:
+                save_file(weights, args.folder / f"{strategy}.safetensors")
 
 
 if __name__ == "__main__":
