@@ -151,7 +151,11 @@ def stats(
 
 def find_network(inception: Path | None, encoder: Path | None) -> FeatureNetwork:
     """Raises ValueError unless one of the two is given."""
-    from rae.training.feature_networks import INCEPTION_SOURCES, InceptionFeatures, load_encoder_features
+    from rae.training.feature_networks import (
+        INCEPTION_SOURCES,
+        InceptionFeatures,
+        load_encoder_features,
+    )
 
     if inception is not None and encoder is not None:
         raise ValueError("--inception and --encoder are both given: figures are of one network")

@@ -15,7 +15,7 @@ from rae.training.gpus import find_gpu
 from rae.training.overrides import override, suggestion
 from rae.training.plan import FRAGMENTATION, RESERVE_BYTES, Cluster, Plan, presets
 from rae.training.precision import Precision
-from rae.training.presets import IMAGENET_IMAGES
+from rae.training.recipe import IMAGENET_IMAGES
 
 GIB = 2**30
 
