@@ -5,7 +5,7 @@ The semantics are those of github bytetriper/RAE, `src/stage2/models/DDT.py`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,23 @@ def modulation_layer(dim: int, num_outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Identity(), Linear(dim, num_outputs * dim))
 
 
+class BlockConfig(Protocol):
+    """What a block takes of its model's configuration."""
+
+    @property
+    def use_rmsnorm(self) -> bool: ...
+    @property
+    def use_qknorm(self) -> bool: ...
+    @property
+    def use_swiglu(self) -> bool: ...
+    @property
+    def mlp_ratio(self) -> float: ...
+
+
 class Block(nn.Module):
     """A transformer block with adaLN: one modulation per sample (backbone) or per token (head)."""
 
-    def __init__(self, config: DiTDHConfig, dim: int, num_heads: int) -> None:
+    def __init__(self, config: BlockConfig, dim: int, num_heads: int) -> None:
         super().__init__()
         self.norm1 = block_norm(dim, config.use_rmsnorm)
         self.norm2 = block_norm(dim, config.use_rmsnorm)

@@ -1,46 +1,123 @@
-"""Stage 2: DiT^DH on the normalised latents of the training set."""
+"""Stage 2: a diffusion transformer on the normalised latents of a frozen RAE."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rae.models.config import DiTDHConfig
-from rae.models.dit_dh import DiTDH
-from rae.training.loop import OnStep, Plan, fit
-from rae.training.losses import sample_times, velocity_loss
+from rae.models.rae import RAE
+from rae.models.sampling import VelocityModel, shift_time
+from rae.training.batch import Batch
+from rae.training.draws import generators
+from rae.training.learner import Learner
+from rae.training.losses import logit_normal_quantile, velocity_loss
+from rae.training.precision import Precision, autocast
 
-
-def drop_labels(
-    class_labels: Tensor, null_label: int, probability: float, generator: torch.Generator
-) -> Tensor:
-    """Replace each label by the null label with this probability; (B,) int64."""
-    dropped = torch.rand(len(class_labels), generator=generator) < probability
-    return class_labels.masked_fill(dropped, null_label)
+DRAWS = 2
+"""The purpose of these random numbers, apart from the crops and flips of images."""
 
 
-def train_dit_dh(
-    config: DiTDHConfig,
-    latents: Tensor,
-    class_labels: Tensor,
-    plan: Plan,
-    generator: torch.Generator,
-    *,
-    shift: float,
-    bf16: bool,
-    on_step: OnStep,
-) -> DiTDH:
-    """On latents (M, C, H, W) that were computed once, with labels (M,)."""
-    model = DiTDH(config)
-    model.init_weights()
+class StepDraws(NamedTuple):
+    """What is random in a step: times (B,), dropped labels (B,) bool, noise (B, C, H, W)."""
 
-    def batch_loss(model: DiTDH) -> Tensor:
-        rows = torch.randint(len(latents), (plan.batch_size,), generator=generator)
-        batch, labels = latents[rows], class_labels[rows]
-        if config.has_null_label:
-            labels = drop_labels(labels, config.null_label, config.class_dropout_prob, generator)
-        t = sample_times(len(rows), shift, generator)
-        noise = torch.randn(batch.shape, generator=generator)
-        return velocity_loss(model, batch, noise, t, labels).mean()
+    t: Tensor
+    dropped: Tensor
+    noise: Tensor
 
-    return fit(model, batch_loss, plan, bf16=bf16, on_step=on_step)
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatching:
+    """The objective: `shift` of times, the share of labels dropped for guidance.
+
+    Raises ValueError for a shift that is not positive.
+    """
+
+    shift: float
+    null_label: int
+    class_dropout_prob: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise ValueError(f"shift {self.shift} is not positive")
+
+    def draw(
+        self, positions: Tensor, latent_shape: Sequence[int], device: torch.device
+    ) -> StepDraws:
+        """Of each sample by its position (B,) alone, fp32."""
+        drawn = [
+            (
+                torch.rand(2, generator=g, device=device),
+                torch.randn(*latent_shape, generator=g, device=device),
+            )
+            for g in generators(device, self.seed, positions, DRAWS)
+        ]
+        uniform = torch.stack([pair for pair, _ in drawn])
+        return StepDraws(
+            t=shift_time(logit_normal_quantile(uniform[:, 0]), self.shift),
+            dropped=uniform[:, 1] < self.class_dropout_prob,
+            noise=torch.stack([noise for _, noise in drawn]),
+        )
+
+    def loss(
+        self, model: VelocityModel, latents: Tensor, class_labels: Tensor, draws: StepDraws
+    ) -> Tensor:
+        """Mean squared error of the velocity, 0-d; latents (B, C, H, W) normalised."""
+        labels = class_labels.masked_fill(draws.dropped, self.null_label)
+        return velocity_loss(model, latents, draws.noise, draws.t, labels).mean()
+
+
+class DiTTask:
+    """What a Trainer trains in stage 2. `rae` encodes images and normalises latents; its
+    statistics are those that the samples are decoded with."""
+
+    def __init__(
+        self,
+        learner: Learner[nn.Module],
+        objective: FlowMatching,
+        rae: RAE,
+        *,
+        precision: Precision = "fp32",
+        draw_samples: Callable[[nn.Module], Tensor] | None = None,
+    ) -> None:
+        self.learners: Mapping[str, Learner[nn.Module]] = {"dit": learner}
+        self.learner, self.objective, self.rae = learner, objective, rae
+        self.precision: Precision = precision
+        self.draw_samples = draw_samples
+
+    def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
+        """One update on the mean loss over all samples of `batches`, and of all processes."""
+        learner, losses = self.learner, []
+        learner.module.train()
+        lr = learner.lr
+        for index, batch in enumerate(batches):
+            latents = self.latents(batch)
+            draws = self.objective.draw(batch.positions, latents.shape[1:], latents.device)
+            with (
+                learner.micro_batch(is_last=index == len(batches) - 1),
+                autocast(latents.device, self.precision),
+            ):
+                loss = self.objective.loss(learner.parallel, latents, batch.class_labels, draws)
+                (loss / len(batches)).backward()
+            losses.append(loss.detach())
+        loss = torch.stack(losses).mean()
+        return {"loss": loss, "grad_norm": learner.update(), "lr": loss.new_tensor(lr)}
+
+    @torch.no_grad()
+    def latents(self, batch: Batch) -> Tensor:
+        """Normalised (B, C, h, w), fp32, of images or of what the encoder made of them before."""
+        if batch.images is not None:
+            return self.rae.encode(batch.images.float() / 255)
+        assert batch.latents is not None
+        return self.rae.normalise(batch.latents.float())
+
+    def samples(self) -> Tensor | None:
+        """Images (N, 3, H, W) in [0, 1] by the averaged weights, where they are asked for."""
+        if self.draw_samples is None:
+            return None
+        with self.learner.averaged() as module:
+            return self.draw_samples(module)

@@ -1,0 +1,252 @@
+"""Runs that are cut, resumed, spread over processes and disturbed end as one that is not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from train_tiny import BATCH, Lines, batches, make_learner, make_task, weights
+
+from rae.training import snapshots
+from rae.training.batch import Batch
+from rae.training.distributed import World
+from rae.training.trainer import MAX_SKIPPED, DivergedError, Trainer, TrainerConfig
+
+ALONE = World(0, 1, torch.device("cpu"))
+STEPS = 6
+SCRIPT = Path(__file__).parent / "train_tiny.py"
+
+Run = tuple[Trainer, Lines, dict[str, Tensor]]
+
+
+def make_trainer(folder: Path, **options: Any) -> tuple[Trainer, Lines]:  # noqa: ANN401
+    config = TrainerConfig(num_steps=STEPS, log_every=1, snapshot_every=100)
+    accumulate = options.pop("accumulate", 1)
+    make = options.pop("make_batches", None)
+    lines = Lines()
+    trainer = Trainer(
+        make_task(make_learner(ALONE)),
+        make or (lambda start: batches(start, ALONE, BATCH // accumulate, accumulate)),
+        replace(config, **options),
+        ALONE,
+        folder,
+        lines,
+    )
+    return trainer, lines
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    return weights(trainer.task.learners["dit"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    trainer, lines = make_trainer(tmp_path_factory.mktemp("run"))
+    assert trainer.run()
+    losses = [metrics["loss"] for _, metrics in lines.metrics]
+    assert len(losses) == STEPS
+    assert len(set(losses)) == STEPS
+    return weights_of(trainer)
+
+
+def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+@pytest.mark.parametrize("cut", range(1, STEPS))
+def test_a_run_resumed_at_any_step_ends_in_the_same_bits(
+    tmp_path: Path, undisturbed: dict[str, Tensor], cut: int
+) -> None:
+    first, _ = make_trainer(tmp_path, milestones=frozenset({cut}), num_steps=STEPS - 1)
+    first.run()
+    for path in (tmp_path / "snapshots").glob("step-*"):
+        if int(path.name[5:]) != cut:
+            path.rename(path.with_suffix(".partial"))
+    second, lines = make_trainer(tmp_path)
+    assert second.run()
+    assert lines.lines == [f"start {cut} of {STEPS}"]
+    assert same(weights_of(second), undisturbed)
+    assert not list(tmp_path.glob("snapshots/*.partial"))
+
+
+def test_a_run_that_is_done_is_not_done_again(tmp_path: Path) -> None:
+    make_trainer(tmp_path)[0].run()
+    again, lines = make_trainer(tmp_path)
+    assert again.run()
+    assert lines.lines == []
+
+
+def test_accumulation_is_one_larger_batch(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
+    trainer, _ = make_trainer(tmp_path, accumulate=4)
+    trainer.run()
+    assert 0 < distance(weights_of(trainer), undisturbed) < 1e-5
+
+
+def test_only_the_last_snapshots_and_milestones_stay(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path, snapshot_every=1, milestones=frozenset({2}))
+    trainer.run()
+    assert trainer.snapshots.steps() == [2, 5, 6]
+
+
+def test_a_snapshot_of_another_model_is_refused(tmp_path: Path) -> None:
+    make_trainer(tmp_path)[0].run()
+    trainer, _ = make_trainer(tmp_path)
+    state = trainer.task.learners["dit"].module.get_submodule("blocks")
+    state.append(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="step-000000006 does not fit this run"):
+        trainer.run()
+
+
+def with_nan(steps: range) -> Callable[[int], Iterator[Sequence[Batch]]]:
+    def make(start: int) -> Iterator[Sequence[Batch]]:
+        for step, (batch,) in enumerate(batches(start, ALONE, BATCH, 1), start):
+            if step in steps and batch.latents is not None:
+                batch.latents[3, 0, 0, 0] = torch.nan
+            yield [batch]
+
+    return make
+
+
+def test_a_step_that_is_no_number_stops_the_run_and_its_batch_is_kept(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path, make_batches=with_nan(range(2, 3)), snapshot_every=1)
+    with pytest.raises(DivergedError, match=r"step 2 is not finite \(loss nan, grad_norm nan"):
+        trainer.run()
+    path = tmp_path / "nonfinite" / "step-000000002-rank-0.safetensors"
+    assert load_file(path)["0.positions"].tolist() == list(range(32, 48))
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["metrics"].startswith("loss nan")
+    assert trainer.snapshots.steps() == [1, 2]
+    assert all(value.isfinite().all() for value in weights_of(trainer).values())
+
+
+def test_a_step_that_is_no_number_can_be_left_out(tmp_path: Path) -> None:
+    options: Any = {"make_batches": with_nan(range(2, 3)), "on_nonfinite": "skip"}
+    trainer, lines = make_trainer(tmp_path, **options)
+    assert trainer.run()
+    assert trainer.task.learners["dit"].num_updates == STEPS - 1
+    assert "it was left out" in lines.lines[-1]
+    assert [step for step, metrics in lines.metrics if "loss" in metrics] == [1, 2, 4, 5, 6]
+    all_bad: Any = {"make_batches": with_nan(range(99)), "on_nonfinite": "skip", "num_steps": 99}
+    trainer, lines = make_trainer(tmp_path / "all", **all_bad)
+    with pytest.raises(DivergedError, match=f"step {MAX_SKIPPED} "):
+        trainer.run()
+
+
+def test_a_snapshot_that_cannot_be_written_leaves_the_ones_before(
+    tmp_path: Path, undisturbed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, lines = make_trainer(tmp_path, snapshot_every=2)
+    save = snapshots.save
+    calls = []
+
+    def full(*args: Any, **options: Any) -> None:  # noqa: ANN401
+        calls.append(1)
+        save(*args, **options)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(snapshots, "save", full)
+    assert trainer.run()
+    assert trainer.snapshots.steps() == [2, 6]
+    assert "No space left on device; training goes on" in lines.lines[-1]
+    assert same(weights_of(trainer), undisturbed)
+
+
+def start(folder: Path, *flags: str, ranks: int = 1) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", str(SCRIPT), str(folder), *flags],
+            env=os.environ | (shared | {"RANK": str(rank)} if ranks > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def finish(processes: Sequence[subprocess.Popen[str]]) -> dict[str, Tensor]:
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert not any(process.returncode for process in processes), outputs
+    return load_file(Path(str(processes[0].args[4])) / "weights.safetensors")  # type: ignore[index]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_are_one_with_the_double_batch(
+    tmp_path: Path, undisturbed: dict[str, Tensor], strategy: str
+) -> None:
+    """And a third run goes on alone from where both stopped, with the same samples."""
+    flags = ("--strategy", strategy, "--micro-batch=4", "--accumulate=2")
+    both = finish(start(tmp_path, "--steps=4", *flags, ranks=2))
+    trainer, lines = make_trainer(tmp_path)
+    trainer.run()
+    assert lines.lines == [f"start 4 of {STEPS}"]
+    assert distance(weights_of(trainer), undisturbed) < 1e-5
+    assert distance(both, undisturbed) > 1e-3
+    (tmp_path / "snapshots" / "step-000000006").rename(tmp_path / "moved")
+    resumed = finish(start(tmp_path, "--steps=6", *flags, ranks=2))
+    assert distance(resumed, undisturbed) < 1e-5
+
+
+def kill_and_resume(folder: Path, kills: int, steps: int) -> dict[str, Tensor]:
+    """What a run ends in that was killed at so many random moments after its first step."""
+    draw = random.Random(0)
+    flags = (f"--steps={steps}", "--snapshot-every=1", "--sleep=0.05")
+    for _ in range(kills):
+        (process,) = start(folder, *flags)
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        time.sleep(draw.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    return finish(start(folder, *flags))
+
+
+def test_killed_and_resumed_ends_in_the_same_bits(
+    tmp_path: Path, undisturbed: dict[str, Tensor]
+) -> None:
+    assert same(kill_and_resume(tmp_path, kills=1, steps=STEPS), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_end_in_the_same_bits(tmp_path: Path) -> None:
+    steps = 100
+    undisturbed = finish(start(tmp_path / "whole", f"--steps={steps}"))
+    assert same(kill_and_resume(tmp_path / "killed", kills=20, steps=steps), undisturbed)
+
+
+def test_sigterm_saves_and_ends(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
+    processes = start(tmp_path, f"--steps={STEPS}", "--sleep=0.3")
+    (process,) = processes
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    (snapshot,) = (tmp_path / "snapshots").iterdir()
+    assert 1 < int(snapshot.name[5:]) < STEPS
+    assert same(finish(start(tmp_path, f"--steps={STEPS}")), undisturbed)

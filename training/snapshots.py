@@ -1,0 +1,114 @@
+"""The state of a run on disk, from which it goes on as if it had never stopped.
+
+torch.distributed.checkpoint writes it: each process its part, and any number of processes reads
+it. A snapshot has its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from rae.training.distributed import World
+from rae.training.learner import Learner
+
+NAME = re.compile(r"step-(\d{9})")
+PARTIAL = ".partial"
+
+
+class Snapshots:
+    """Of `learners`, in `folder`; the last `keep` and those of the steps `milestones` stay."""
+
+    def __init__(
+        self,
+        folder: Path,
+        learners: Mapping[str, Learner[Any]],
+        world: World,
+        *,
+        keep: int = 2,
+        milestones: frozenset[int] = frozenset(),
+    ) -> None:
+        self.folder, self.learners, self.world = folder, learners, world
+        self.keep, self.milestones = keep, milestones
+
+    def steps(self) -> list[int]:
+        """Of whole snapshots, rising."""
+        found = [NAME.fullmatch(path.name) for path in self.folder.glob("step-*")]
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:09}"
+
+    def save(self, step: int) -> None:
+        """After `step` steps. Raises OSError where it cannot be written: those before stay."""
+        partial = self.path(step).with_suffix(PARTIAL)
+        problem: BaseException | None = None
+        if self.world.is_first:
+            self._clear()
+        self.world.barrier()
+        try:
+            with quietly():
+                save(self._state(step), checkpoint_id=partial, no_dist=self.world.size == 1)
+        except (OSError, CheckpointException) as error:
+            problem = error
+        if self.world.any(problem is not None):
+            if self.world.is_first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"{partial.parent}: the snapshot of step {step} could not be written: {problem}"
+            )
+        if self.world.is_first:
+            partial.replace(self.path(step))
+            sync(self.folder)
+            for old in [s for s in self.steps() if s not in self.milestones][: -self.keep]:
+                shutil.rmtree(self.path(old))
+        self.world.barrier()
+
+    def load(self, step: int) -> None:
+        """Raises ValueError where the snapshot is of other modules."""
+        state = self._state(0)
+        try:
+            with quietly():
+                load(state, checkpoint_id=self.path(step), no_dist=self.world.size == 1)
+        except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(f"{self.path(step)} does not fit this run: {error}") from error
+        for name, learner in self.learners.items():
+            learner.load_state_dict(state[name])
+
+    def _state(self, step: int) -> dict[str, Any]:
+        learners = {name: learner.state_dict() for name, learner in self.learners.items()}
+        return {**learners, "step": torch.tensor(step)}
+
+    def _clear(self) -> None:
+        """What was being written when a process was killed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(path)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """One process alone is no accident."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+def sync(folder: Path) -> None:
+    """A rename is on disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,209 @@
+"""The loop around every stage: batches in, snapshots and reports out, whatever happens."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rae.training.batch import Batch
+from rae.training.distributed import World
+from rae.training.learner import Learner
+from rae.training.snapshots import Snapshots
+
+MAX_SKIPPED = 10
+"""Steps in a row without a finite gradient: more are no accident."""
+
+MakeBatches = Callable[[int], Iterator[Sequence[Batch]]]
+"""From a step on: the micro-batches of each step, of this process."""
+
+
+class Task(Protocol):
+    """What is trained. `train_step` says means over this process's samples, 0-d tensors."""
+
+    @property
+    def learners(self) -> Mapping[str, Learner[Any]]: ...
+
+    def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]: ...
+
+    def samples(self) -> Tensor | None: ...
+
+
+class Report(Protocol):
+    """Who is told, in the first process."""
+
+    def start(self, step: int, num_steps: int) -> None: ...
+
+    def step(self, step: int, metrics: Mapping[str, float], num_images: int) -> None: ...
+
+    def samples(self, step: int, images: Tensor) -> None: ...
+
+    def event(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class DivergedError(RuntimeError):
+    """The loss or its gradient is no longer a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Numbers of steps. `on_nonfinite`: stop, or leave the step out; the batch is saved."""
+
+    num_steps: int
+    log_every: int = 100
+    sample_every: int = 2500
+    snapshot_every: int = 5000
+    keep: int = 2
+    milestones: frozenset[int] = frozenset()
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+
+
+class Trainer:
+    """Runs `task` in `folder`, from its last snapshot on.
+
+    SIGTERM and Ctrl-C save and end the run; a second Ctrl-C ends it at once.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        make_batches: MakeBatches,
+        config: TrainerConfig,
+        world: World,
+        folder: Path,
+        report: Report,
+    ) -> None:
+        self.task, self.make_batches, self.config = task, make_batches, config
+        self.world, self.folder, self.report = world, folder, report
+        self.snapshots = Snapshots(
+            folder / "snapshots",
+            task.learners,
+            world,
+            keep=config.keep,
+            milestones=config.milestones,
+        )
+        self.window: list[dict[str, Tensor]] = []
+        self.num_images = self.num_skipped = self.skipped_in_a_row = 0
+        self.stop_signal: int | None = None
+
+    def run(self) -> bool:
+        """Whether all steps are done: False where a signal has ended it.
+
+        Raises DivergedError, and OSError where the last snapshot cannot be written.
+        """
+        start = self._resume()
+        if start < self.config.num_steps:
+            self.report.start(start, self.config.num_steps)
+            with self._signals():
+                batches = self.make_batches(start)
+                for step in range(start, self.config.num_steps):
+                    if self._step(step, next(batches)):
+                        return step + 1 == self.config.num_steps
+        return True
+
+    def _step(self, step: int, batches: Sequence[Batch]) -> bool:
+        """One step and what is due after it; whether the run ends."""
+        batches = [batch.to(self.world.device) for batch in batches]
+        metrics = self.task.train_step(batches, step)
+        nonfinite = not torch.stack(list(metrics.values())).isfinite().all()
+        flags = torch.tensor([nonfinite, self.stop_signal is not None], dtype=torch.float32)
+        nonfinite, stops = self.world.sum(flags.to(self.world.device)).bool().tolist()
+        if nonfinite:
+            self._nonfinite(step, batches, metrics)
+        else:
+            self.skipped_in_a_row = 0
+            self.window.append(metrics)
+        self.num_images += sum(map(len, batches)) * self.world.size
+        self.num_skipped += sum(batch.num_skipped for batch in batches)
+        done = step + 1
+        ends = stops or done == self.config.num_steps
+        if done % self.config.log_every == 0 or ends:
+            self._log(done)
+        if done % self.config.sample_every == 0 or done == self.config.num_steps:
+            images = self.task.samples()
+            if images is not None and self.world.is_first:
+                self.report.samples(done, images)
+        if ends or done % self.config.snapshot_every == 0 or done in self.config.milestones:
+            self._save(done, must=ends)
+        return ends
+
+    def _log(self, done: int) -> None:
+        """Means since the last time, over all processes."""
+        metrics: dict[str, float] = {}
+        if self.window:
+            names = list(self.window[-1])
+            table = torch.stack([torch.stack([row[name] for name in names]) for row in self.window])
+            means = self.world.mean(table.double().mean(0))
+            metrics = dict(zip(names, means.tolist(), strict=True))
+        skipped = self.world.sum(torch.tensor(float(self.num_skipped), device=self.world.device))
+        metrics["unreadable_images"] = skipped.item()
+        if self.world.is_first:
+            self.report.step(done, metrics, self.num_images)
+        self.window.clear()
+        self.num_images = 0
+
+    def _nonfinite(
+        self, step: int, batches: Sequence[Batch], metrics: Mapping[str, Tensor]
+    ) -> None:
+        """The weights are as they were: a learner takes no step without a finite gradient."""
+        values = ", ".join(f"{name} {value.item():g}" for name, value in metrics.items())
+        path = self.folder / "nonfinite" / f"step-{step:09}-rank-{self.world.rank}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors_of(batches), path, {"metrics": values})
+        self.skipped_in_a_row += 1
+        text = f"step {step} is not finite ({values}); its batch: {path}"
+        if self.config.on_nonfinite == "stop" or self.skipped_in_a_row > MAX_SKIPPED:
+            raise DivergedError(text)
+        if self.world.is_first:
+            self.report.event(f"{text}; it was left out")
+
+    def _save(self, done: int, *, must: bool) -> None:
+        try:
+            self.snapshots.save(done)
+        except OSError as error:
+            if must:
+                raise
+            if self.world.is_first:
+                self.report.event(f"{error}; training goes on, the snapshots before stay")
+
+    def _resume(self) -> int:
+        steps = self.snapshots.steps()
+        if not steps:
+            return 0
+        self.snapshots.load(steps[-1])
+        return steps[-1]
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self.stop_signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, stop) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def tensors_of(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Of micro-batches, by number and name."""
+    return {
+        f"{index}.{name}": getattr(batch, name).cpu()
+        for index, batch in enumerate(batches)
+        for name in ("positions", "class_labels", "images", "latents")
+        if getattr(batch, name) is not None
+    }
