@@ -18,8 +18,9 @@ from rich.console import Console
 from rae.training import gpus
 from rae.training.display import Row, duration
 from rae.training.distributed import World
-from rae.training.report import Report, Speed
+from rae.training.report import Report, Silent, Speed
 from rae.training.run_log import RunLog, read_log
+from rae.training.trainer import Report as TrainersReport
 
 
 class Clock:
@@ -98,6 +99,7 @@ def test_speed_is_of_the_last_two_minutes() -> None:
     clock = Clock()
     speed = Speed(clock)
     assert speed.add(0, 100) is None
+    found = None
     for step in range(1, 101):  # 100 s of 1 step a second
         clock.now += 1
         found = speed.add(step, 10)
@@ -203,3 +205,18 @@ def test_without_matplotlib_it_is_said_once(
     report.close()
     assert text.getvalue().count("pip install 'rae-server[report]'") == 1
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_all_processes_but_the_first_are_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    reports: list[TrainersReport] = [Silent(), Report(tmp_path / "first")]
+    for report in reports:
+        report.start(0, 10)
+        report.step(10, {"loss": 1.0}, 10)
+        report.samples(10, torch.zeros(1, 3, 2, 2))
+        report.event("done")
+        report.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first"]
+    assert capfd.readouterr().out.splitlines() == ["started", "step 10/10  loss 1.0000", "done"]
