@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def load_lpips(weights: Path, device: torch.device) -> PerceptualLoss:
     Nothing is downloaded. Raises ImportError that names the extra to install and CheckpointError
     for another file.
     """
-    network = build_lpips()
+    network: Any = build_lpips()
     tensors = {
         key.removeprefix("features."): value
         for key, value in read_pickled(weights).items()
