@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from rae.training.features import FeatureNetwork
+    from rae.training.feature_networks import FeatureNetwork
     from rae.training.image_evaluation import Report
-    from rae.training.image_sources import Images
     from rae.training.measuring import Track
 
 evaluations = typer.Typer()
@@ -59,6 +58,7 @@ def samples(
 ) -> None:
     """Hold generated images against real ones: FID, sFID, IS, precision and recall."""
     from rae.training.image_evaluation import evaluate_samples
+    from rae.training.image_sources import open_images
 
     require_folder_of(json_file)
     with one_line_errors(), progress() as (track, console):
@@ -94,8 +94,9 @@ def reconstruction(
     Without --inception or --encoder the distance is on the checkpoint's own encoder.
     """
     from rae.models.checkpoint import load_autoencoder
-    from rae.training.features import checkpoint_encoder
+    from rae.training.feature_networks import checkpoint_encoder
     from rae.training.image_evaluation import evaluate_reconstruction, pair_grid
+    from rae.training.image_sources import open_images
     from rae.training.metrics import load_lpips
 
     for file in (json_file, grid):
@@ -134,6 +135,7 @@ def stats(
     batch: Batch = 64,
 ) -> None:
     """Write a reference .npz: statistics of all images, and up to 10,000 of the images."""
+    from rae.training.image_sources import open_images
     from rae.training.reference import write_statistics
 
     require_folder_of(out)
@@ -151,7 +153,11 @@ def stats(
 
 def find_network(inception: Path | None, encoder: Path | None) -> FeatureNetwork:
     """Raises ValueError unless one of the two is given."""
-    from rae.training.features import INCEPTION_SOURCES, InceptionFeatures, load_encoder_features
+    from rae.training.feature_networks import (
+        INCEPTION_SOURCES,
+        InceptionFeatures,
+        load_encoder_features,
+    )
 
     if inception is not None and encoder is not None:
         raise ValueError("--inception and --encoder are both given: figures are of one network")
@@ -163,20 +169,6 @@ def find_network(inception: Path | None, encoder: Path | None) -> FeatureNetwork
         f"an FID wants --inception FILE, {INCEPTION_SOURCES}; without that file, --encoder "
         "FOLDER gives the Fréchet distance on an encoder's features"
     )
-
-
-def open_images(path: Path, size: int | None = None) -> Images:
-    """An .npz, whose images have `size` where it is given, or a folder's, cropped to it."""
-    from rae.training.image_sources import FolderImages, NpzImages
-
-    if path.is_dir():
-        return FolderImages(path, size)
-    images = NpzImages(path)
-    if size is not None and (images.height, images.width) != (size, size):
-        raise ValueError(
-            f"{path} has images of {images.width} × {images.height} px; wanted are {size} × {size}"
-        )
-    return images
 
 
 def find_device(name: str) -> torch.device:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rae.models.rae import RAE
 from rae.models.sampling import to_uint8
-from rae.training.features import FeatureNetwork
+from rae.training.feature_networks import FeatureNetwork
 from rae.training.frechet import frechet_distance
 from rae.training.image_sources import Images
 from rae.training.measuring import (
