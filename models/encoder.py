@@ -50,20 +50,29 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
+        output, num_prefix = self._run(pixels)
+        return output.last_hidden_state[:, num_prefix:]
+
+    def hidden_states(self, pixels: Tensor) -> list[Tensor]:
+        """Tokens (B, N, C) after each layer, before the last norm; gradients reach `pixels`."""
+        output, num_prefix = self._run(pixels, output_hidden_states=True)
+        return [tokens[:, num_prefix:] for tokens in output.hidden_states[1:]]
+
+    def _run(self, pixels: Tensor, **options: bool) -> tuple[Any, int]:
+        """What transformers returns, and how many tokens come before those of patches."""
         backbone: Any = self.backbone
         match self.config.kind:
             case "dinov2":
-                skipped = 1 + backbone.config.num_register_tokens
-                return backbone(pixels).last_hidden_state[:, skipped:]
+                return backbone(pixels, **options), 1 + backbone.config.num_register_tokens
             case "siglip2":
-                return backbone(pixels, interpolate_pos_encoding=True).last_hidden_state
+                return backbone(pixels, interpolate_pos_encoding=True, **options), 0
             case "mae":
                 num_tokens = (pixels.shape[-1] // backbone.config.patch_size) ** 2
                 # Rising noise and a mask ratio of 0 keep every token, in order.
                 order = torch.arange(num_tokens, device=pixels.device, dtype=torch.float32)
                 order = order.expand(len(pixels), -1)
-                output = backbone(pixels, noise=order, interpolate_pos_encoding=True)
-                return output.last_hidden_state[:, 1:]
+                options["interpolate_pos_encoding"] = True
+                return backbone(pixels, noise=order, **options), 1
 
 
 def load_encoder(config: EncoderConfig, folder: Path) -> Encoder:

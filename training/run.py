@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
 from torch import nn
 
 from rae.training.batch import Batch
@@ -21,25 +22,72 @@ if TYPE_CHECKING:
     from rae.training.samples import Samples
 
 RECIPE_FILE = "recipe.json"
+HOW, WRITTEN = "How it runs", "What is written"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What may differ between the parts of an interrupted run. `micro_batch` None takes a whole
-    share of the batch at once; a process does batch / (processes · micro_batch) of them a step."""
+    """What may differ between the parts of an interrupted run. A process does
+    batch / (processes · micro_batch) micro-batches a step."""
 
-    out: Path
-    device: str = "auto"
-    precision: Precision = "tf32"
-    strategy: Strategy = "ddp"
-    micro_batch: int | None = None
-    num_workers: int = 8
-    compile: bool = False
-    log_every: int = 100
-    sample_every: int = 2500
-    snapshot_every: int = 5000
-    keep: int = 2
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    out: Annotated[
+        Path, typer.Option(help="The run's folder; an interrupted run that lies there goes on.")
+    ]
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where.", rich_help_panel=HOW)
+    ] = "auto"
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            help="Of matmuls; weights, gradients and moments are fp32.", rich_help_panel=HOW
+        ),
+    ] = "tf32"
+    strategy: Annotated[
+        Strategy,
+        typer.Option(
+            help="Several processes, by torchrun, have copies (ddp) or shards (fsdp).",
+            rich_help_panel=HOW,
+        ),
+    ] = "ddp"
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Samples of a process at once; the rest of its share is accumulated.",
+            show_default="all",
+            rich_help_panel=HOW,
+        ),
+    ] = None
+    num_workers: Annotated[
+        int,
+        typer.Option("--workers", min=0, help="Processes that read data.", rich_help_panel=HOW),
+    ] = 8
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile each block.", rich_help_panel=HOW)
+    ] = False
+    on_nonfinite: Annotated[
+        Literal["stop", "skip"],
+        typer.Option(
+            help="After a loss that is no number; its batch is kept.", rich_help_panel=HOW
+        ),
+    ] = "stop"
+    log_every: Annotated[
+        int, typer.Option(min=1, help="Steps between figures.", rich_help_panel=WRITTEN)
+    ] = 100
+    sample_every: Annotated[
+        int, typer.Option(min=1, help="Steps between grids of images.", rich_help_panel=WRITTEN)
+    ] = 2500
+    snapshot_every: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Steps between snapshots, which a run goes on from.",
+            rich_help_panel=WRITTEN,
+        ),
+    ] = 5000
+    keep: Annotated[
+        int, typer.Option(min=1, help="Snapshots that stay.", rich_help_panel=WRITTEN)
+    ] = 2
 
     def trainer(self, num_steps: int, milestones: Sequence[int] = ()) -> TrainerConfig:
         return TrainerConfig(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,12 +76,11 @@ def train_dit(
     settings: RunSettings,
     world: World,
     report: Report,
-    *,
-    on_task: Callable[[DiTTask], None] | None = None,
-) -> bool:
-    """Whether the run is done: False where a signal has ended it, to be gone on with.
+) -> dict[str, Tensor] | None:
+    """The averaged weights, in the first process; None where a signal has ended the run, to be
+    gone on with.
 
-    `rae` encodes where `samples` are images. `on_task` is told the task at the end of a run.
+    `rae` encodes where `samples` are images.
     Raises ValueError where data, RAE and model do not fit, DivergedError, OSError.
     """
     require_fit(recipe, samples, rae)
@@ -116,17 +115,14 @@ def train_dit(
             start_step=start,
         ),
         settings.trainer(
-            recipe.steps(recipe.epochs, len(samples)),
+            recipe.num_steps(len(samples)),
             [recipe.steps(epoch, len(samples)) for epoch in recipe.milestone_epochs],
         ),
         world,
         settings.out,
         report,
     )
-    done = trainer.run()
-    if done and on_task is not None:
-        on_task(task)
-    return done
+    return learner.averages() if trainer.run() else None
 
 
 def require_fit(recipe: DiTRecipe, samples: Samples, rae: RAE) -> None:
@@ -159,7 +155,7 @@ def read_recipe(run: Path) -> DiTRecipe:
     return from_dict(DiTRecipe, values)
 
 
-def load_averages(run: Path, step: int | None = None) -> tuple[DiTRecipe, nn.Module, int]:
+def load_averages(run: Path, step: int | None = None) -> tuple[DiTRecipe, DiTDH | DiT, int]:
     """The recipe, the model with its averaged weights, and the step of a run's snapshot, the last
     or that of `step`. Raises ValueError for a run without it."""
     recipe = read_recipe(run)
@@ -178,6 +174,11 @@ def load_averages(run: Path, step: int | None = None) -> tuple[DiTRecipe, nn.Mod
         raise ValueError(f"{run} has no snapshot of step {step}; there are: {found}")
     step = steps[-1] if step is None else step
     snapshots.load(step)
-    assert learner.ema is not None
-    learner.module.load_state_dict({**learner.module.state_dict(), **learner.ema.averages})
-    return recipe, learner.module.eval(), step
+    return recipe, trained(recipe, learner.averages()), step
+
+
+def trained(recipe: DiTRecipe, weights: Mapping[str, Tensor]) -> DiTDH | DiT:
+    """The model with these weights, in eval mode."""
+    model = build(recipe.model, recipe.seed)
+    model.load_state_dict(weights)
+    return model.eval()

@@ -69,6 +69,18 @@ def test_an_encoder_gives_the_tokens_without_the_affine_part(
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
+@pytest.mark.parametrize("kind", ["dinov2", "siglip2", "mae"])
+def test_an_encoders_layers_pass_gradients_to_the_pixels(kind: EncoderKind, tmp_path: Path) -> None:
+    save_backbone(kind, tmp_path)
+    encoder = load_encoder(EncoderConfig(kind=kind, image_size=32), tmp_path)
+    pixels = torch.randn(2, 3, 32, 32, requires_grad=True)
+    states = encoder.hidden_states(pixels)
+    assert [state.shape for state in states] == [(2, 16, 32)] * 2
+    torch.testing.assert_close(states[-1], last_tokens(kind, tmp_path, pixels))
+    states[0].sum().backward()
+    assert pixels.grad is not None and pixels.grad.abs().min() > 0
+
+
 def test_an_encoder_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
     save_backbone("mae", tmp_path)
     path = tmp_path / "model.safetensors"

@@ -231,6 +231,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_twenty_kills_end_in_the_same_bits(tmp_path: Path) -> None:
     steps = 100
     undisturbed = finish(start(tmp_path / "whole", f"--steps={steps}"))
