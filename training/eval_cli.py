@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from rae.training.image_evaluation import Report
     from rae.training.measuring import Track
 
-evaluations = typer.Typer()
-
 Inception = Annotated[
     Path | None,
     typer.Option(
@@ -40,7 +38,6 @@ Batch = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")]
 
 
-@evaluations.command()
 def samples(
     images: Annotated[Path, typer.Argument(help="An .npz of `rae sample` or ADM, or a folder.")],
     reference: Annotated[
@@ -70,7 +67,6 @@ def samples(
     show(report, console, json_file, samples=str(images), reference=str(reference))
 
 
-@evaluations.command()
 def reconstruction(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, with its encoder.")],
     data: Annotated[
@@ -97,7 +93,7 @@ def reconstruction(
     from rae.training.feature_networks import checkpoint_encoder
     from rae.training.image_evaluation import evaluate_reconstruction, pair_grid
     from rae.training.image_sources import open_images
-    from rae.training.metrics import load_lpips
+    from rae.training.perceptual import lpips_network
 
     for file in (json_file, grid):
         require_folder_of(file)
@@ -112,7 +108,7 @@ def reconstruction(
             open_images(data, config.decoder.image_size),
             rae.to(target),
             network.to(target),
-            lpips=load_lpips(lpips).to(target) if lpips else None,
+            lpips=lpips_network(lpips).to(target) if lpips else None,
             device=target,
             batch=batch,
             track=track,
@@ -122,7 +118,6 @@ def reconstruction(
     show(result.report, console, json_file, checkpoint=str(checkpoint), data=str(data))
 
 
-@evaluations.command()
 def stats(
     data: Annotated[Path, typer.Argument(help="A folder of images, or an .npz of them.")],
     out: Annotated[Path, typer.Option(help="The .npz to write, as ADM's evaluator reads it.")],
