@@ -5,20 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from transformers.utils.logging import disable_progress_bar
 
 from rae.training import data_cli, digits_cli, eval_cli, plan_cli, plot_cli, stage_cli
 
 OPTIONS: Any = {"no_args_is_help": True, "add_completion": False}
 train_app = typer.Typer(help="Train a model and write its checkpoint folder.", **OPTIONS)
 eval_app = typer.Typer(help="Measure images, or a checkpoint.", **OPTIONS)
-
-
-@train_app.callback()
-@eval_app.callback()
-def _group() -> None:
-    """transformers' own bars stay away."""
-    disable_progress_bar()
 
 
 train_app.command("decoder")(stage_cli.decoder)

@@ -30,7 +30,8 @@ from rae.training.image_encoder import ImageEncoder
 from rae.training.latent_shards import LatentIndex, LatentShards
 from rae.training.latent_stats import measure_shards
 from rae.training.presets import DIGITS, DIGITS_GUIDE, DiTRecipe
-from rae.training.run import RunSettings, claim
+from rae.training.run import claim
+from rae.training.run_settings import RunSettings
 from rae.training.samples import ImageSamples
 from rae.training.stage1 import train_decoder
 from rae.training.stage2 import train_dit, trained

@@ -5,27 +5,18 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from rae.models.checkpoint import load_checkpoint
-from rae.models.checkpoint_config import CheckpointError
-from rae.training.digits import DigitsRecipe, train_digits
-from rae.training.digits_judge import (
-    SAMPLES_PER_CLASS,
-    Criterion,
-    generate_default,
-    judge_checkpoint,
-    protocol_labels,
-)
-from rae.training.distributed import joined
-from rae.training.grid import save_grid
-from rae.training.report import Report
-from rae.training.run import RunSettings
-from rae.training.stage_cli import INTERRUPTED, clear_errors
+from rae.training.run_settings import RunSettings
+from rae.training.stage_cli import clear_errors
+
+if TYPE_CHECKING:
+    from rae.training.digits_judge import Criterion
+    from rae.training.report import Report
 
 EMBEDDED = Path(__file__).parent.parent / "models" / "digits"
 
@@ -43,6 +34,11 @@ def train(
 
     Started again after an interruption it goes on.
     """
+    from rae.training.digits import DigitsRecipe, train_digits
+    from rae.training.distributed import joined
+    from rae.training.report import Report
+    from rae.training.stages import INTERRUPTED
+
     settings = RunSettings(
         out=out,
         precision="bf16" if bf16 else "fp32",
@@ -74,6 +70,16 @@ def evaluate(
     ] = None,
 ) -> None:
     """Generate 1,000 digits and hold them against the real ones; exit 1 below a bound."""
+    from rae.models.checkpoint import load_checkpoint
+    from rae.models.checkpoint_config import CheckpointError
+    from rae.training.digits_judge import (
+        SAMPLES_PER_CLASS,
+        generate_default,
+        judge_checkpoint,
+        protocol_labels,
+    )
+    from rae.training.grid import save_grid
+
     for file in (json_file, grid):
         if file is not None and not file.parent.is_dir():
             raise typer.BadParameter(f"{file.parent} is not a folder")

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers.utils.logging import disable_progress_bar
 
 from rae.models.embedders import sincos_2d
 from rae.training.batch import Batch
@@ -17,7 +18,8 @@ from rae.training.draws import generators
 from rae.training.learner import Learner
 from rae.training.precision import Precision, autocast, set_matmul_precision
 from rae.training.recipe import Recipe
-from rae.training.run import RunSettings, step_batches
+from rae.training.run import step_batches, trainer_config
+from rae.training.run_settings import RunSettings
 from rae.training.samples import Samples
 from rae.training.trainer import Report, Trainer
 
@@ -111,7 +113,7 @@ def train_mae(
             batch_size=recipe.batch_size,
             start_step=start,
         ),
-        settings.trainer(recipe.num_steps(len(samples))),
+        trainer_config(settings, recipe.num_steps(len(samples))),
         world,
         settings.out,
         report,
@@ -121,6 +123,7 @@ def train_mae(
     weights = learner.averages()
     if world.is_first:
         mae.load_state_dict(weights)
+        disable_progress_bar()  # of one file that takes no time
         mae.vit.save_pretrained(settings.out / "vit")
     world.barrier()
     return True

@@ -122,7 +122,7 @@ def build_dino(
         depth=depth,
         num_heads=heads,
         num_classes=0,
-        act_layer=partial(nn.GELU, approximate="tanh"),  # type: ignore[arg-type]
+        act_layer=partial(nn.GELU, approximate="tanh"),
     )
 
 

@@ -7,7 +7,6 @@ that the figures are the model's and not an implementation's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,13 +202,10 @@ def num_parameters(config: ModelConfig) -> int:
 
 def on_meta(config: ModelConfig) -> nn.Module:
     """The module without its weights' memory."""
-    make: Callable[[Any], nn.Module]
-    if isinstance(config, DiTDHConfig):
-        make = DiTDH
-    else:
-        make = DiT if isinstance(config, DiTConfig) else Decoder
     with torch.device("meta"):
-        return make(config)
+        if isinstance(config, DiTDHConfig):
+            return DiTDH(config)
+        return DiT(config) if isinstance(config, DiTConfig) else Decoder(config)
 
 
 def encoder_parameters(shape: ViTShape) -> int:

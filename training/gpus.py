@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from rae.training.distributed import World
 from rae.training.precision import Precision
 
 
@@ -50,6 +53,14 @@ def peak_flops(device_name: str, precision: Precision) -> float | None:
     """FLOP/s of a device by torch's name for it; None where it is not known."""
     gpu = GPUS.get(device_name)
     return None if gpu is None else gpu.peak_flops(precision)
+
+
+def world_peak_flops(world: World, precision: Precision) -> float | None:
+    """FLOP/s of all processes' devices, taken to be like this one's; None on a CPU."""
+    if world.device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(world.device), precision)
+    return None if peak is None else world.size * peak
 
 
 def find_gpu(text: str) -> tuple[str, GPU]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ class Learner(Generic[M]):
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         with self.averaged() as module:
             state = get_model_state_dict(module, options=whole)
-            return {name: value.clone() for name, value in state.items()}
+            return {name: cast(Tensor, value).clone() for name, value in state.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded as the module is; `load_state_dict` takes one of any number of processes."""

@@ -35,7 +35,8 @@ from rae.training.memory import (
     state_memory,
 )
 from rae.training.precision import Precision
-from rae.training.presets import DIT_PRESETS, IMAGENET_IMAGES, DiTRecipe
+from rae.training.presets import DIT_PRESETS, DiTRecipe
+from rae.training.recipe import IMAGENET_IMAGES
 
 Recipe = DiTRecipe | DecoderRecipe
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Precision = Literal["fp32", "tf32", "bf16"]
+from rae.training.run_settings import Precision
 
 
 def set_matmul_precision(precision: Precision) -> None:

@@ -1,104 +1,40 @@
-"""How a run is carried out, beside the recipe that decides its weights; and its folder."""
+"""What runs of all stages share: their batches, their compiled blocks, their folder."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, is_dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import typer
 from torch import nn
 
 from rae.training.batch import Batch
-from rae.training.distributed import Strategy, World
+from rae.training.distributed import World
 from rae.training.overrides import differences
-from rae.training.precision import Precision
+from rae.training.run_settings import RunSettings
 from rae.training.trainer import TrainerConfig
 
 if TYPE_CHECKING:
     from rae.training.samples import Samples
 
 RECIPE_FILE = "recipe.json"
-HOW, WRITTEN = "How it runs", "What is written"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What may differ between the parts of an interrupted run. A process does
-    batch / (processes · micro_batch) micro-batches a step."""
-
-    out: Annotated[
-        Path, typer.Option(help="The run's folder; an interrupted run that lies there goes on.")
-    ]
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where.", rich_help_panel=HOW)
-    ] = "auto"
-    precision: Annotated[
-        Precision,
-        typer.Option(
-            help="Of matmuls; weights, gradients and moments are fp32.", rich_help_panel=HOW
-        ),
-    ] = "tf32"
-    strategy: Annotated[
-        Strategy,
-        typer.Option(
-            help="Several processes, by torchrun, have copies (ddp) or shards (fsdp).",
-            rich_help_panel=HOW,
-        ),
-    ] = "ddp"
-    micro_batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Samples of a process at once; the rest of its share is accumulated.",
-            show_default="all",
-            rich_help_panel=HOW,
-        ),
-    ] = None
-    num_workers: Annotated[
-        int,
-        typer.Option("--workers", min=0, help="Processes that read data.", rich_help_panel=HOW),
-    ] = 8
-    compile: Annotated[
-        bool, typer.Option("--compile", help="torch.compile each block.", rich_help_panel=HOW)
-    ] = False
-    on_nonfinite: Annotated[
-        Literal["stop", "skip"],
-        typer.Option(
-            help="After a loss that is no number; its batch is kept.", rich_help_panel=HOW
-        ),
-    ] = "stop"
-    log_every: Annotated[
-        int, typer.Option(min=1, help="Steps between figures.", rich_help_panel=WRITTEN)
-    ] = 100
-    sample_every: Annotated[
-        int, typer.Option(min=1, help="Steps between grids of images.", rich_help_panel=WRITTEN)
-    ] = 2500
-    snapshot_every: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Steps between snapshots, which a run goes on from.",
-            rich_help_panel=WRITTEN,
-        ),
-    ] = 5000
-    keep: Annotated[
-        int, typer.Option(min=1, help="Snapshots that stay.", rich_help_panel=WRITTEN)
-    ] = 2
-
-    def trainer(self, num_steps: int, milestones: Sequence[int] = ()) -> TrainerConfig:
-        return TrainerConfig(
-            num_steps=num_steps,
-            log_every=self.log_every,
-            sample_every=self.sample_every,
-            snapshot_every=self.snapshot_every,
-            keep=self.keep,
-            milestones=frozenset(milestones),
-            on_nonfinite=self.on_nonfinite,
-        )
+def trainer_config(
+    settings: RunSettings, num_steps: int, milestones: Sequence[int] = ()
+) -> TrainerConfig:
+    return TrainerConfig(
+        num_steps=num_steps,
+        log_every=settings.log_every,
+        sample_every=settings.sample_every,
+        snapshot_every=settings.snapshot_every,
+        keep=settings.keep,
+        milestones=frozenset(milestones),
+        on_nonfinite=settings.on_nonfinite,
+    )
 
 
 def step_batches(

@@ -10,7 +10,8 @@ from rae.training.build_decoder import build_decoder_task
 from rae.training.decoder_recipe import DecoderRecipe
 from rae.training.distributed import World
 from rae.training.precision import set_matmul_precision
-from rae.training.run import RunSettings, compile_blocks, step_batches
+from rae.training.run import compile_blocks, step_batches, trainer_config
+from rae.training.run_settings import RunSettings
 from rae.training.samples import Samples
 from rae.training.trainer import Report, Trainer
 
@@ -57,7 +58,7 @@ def train_decoder(
             batch_size=recipe.batch_size,
             start_step=start,
         ),
-        settings.trainer(recipe.num_steps(len(samples))),
+        trainer_config(settings, recipe.num_steps(len(samples))),
         world,
         settings.out,
         report,

@@ -19,7 +19,8 @@ from rae.training.dit_dh import DiTTask, FlowMatching
 from rae.training.learner import Learner
 from rae.training.precision import set_matmul_precision
 from rae.training.presets import DiTRecipe
-from rae.training.run import RunSettings, compile_blocks, read_claim, step_batches
+from rae.training.run import compile_blocks, read_claim, step_batches, trainer_config
+from rae.training.run_settings import RunSettings
 from rae.training.samples import Samples
 from rae.training.snapshots import Snapshots
 from rae.training.trainer import Report, Trainer
@@ -114,7 +115,8 @@ def train_dit(
             batch_size=recipe.batch_size,
             start_step=start,
         ),
-        settings.trainer(
+        trainer_config(
+            settings,
             recipe.num_steps(len(samples)),
             [recipe.steps(epoch, len(samples)) for epoch in recipe.milestone_epochs],
         ),

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
+
+from rae.models.checkpoint_config import CheckpointError
+from rae.models.tensor_files import read_tensors
+from rae.training.tensor_writing import read_facts, write_whole
+
+if TYPE_CHECKING:
+    from rae.training.distributed import World
+
+EPS = 1e-5  # of the published models
+NAMES = ("latents_mean", "latents_var", "eps")
 
 
 class LatentStatistics:
     """Mean and population variance per position, merged batch by batch in float64.
 
     No momentum: the order and the size of the batches do not matter. `merge` joins the
-    statistics of two workers.
+    statistics of two workers, `over` those of all processes.
     """
 
     def __init__(self) -> None:
@@ -20,6 +34,8 @@ class LatentStatistics:
 
     def update(self, latents: Tensor) -> None:
         """Add a batch (B, C, H, W)."""
+        if not len(latents):
+            return
         latents = latents.double()
         batch = LatentStatistics()
         batch.count, batch.mean = len(latents), latents.mean(0)
@@ -36,9 +52,52 @@ class LatentStatistics:
         self.squares = self.squares + other.squares + delta.square() * weight
         self.count = total
 
+    def over(self, world: World, shape: tuple[int, ...]) -> LatentStatistics:
+        """Of all processes, the same in each; `shape` (C, H, W) for one that saw nothing."""
+        own = [self.mean.to(world.device), self.squares.to(world.device)]
+        mean, squares = (tensor.expand(shape) for tensor in own)
+        total = LatentStatistics()
+        total.count = int(world.sum(torch.tensor(self.count, device=world.device)))
+        if total.count:
+            total.mean = world.sum(mean * self.count) / total.count
+            total.squares = world.sum(squares + self.count * (mean - total.mean).square())
+        return total
+
     @property
     def var(self) -> Tensor:
         """Population variance (C, H, W). Raises ValueError before the first batch."""
         if not self.count:
             raise ValueError("no latents seen: their variance is not known")
         return self.squares / self.count
+
+
+def write_statistics(path: Path, statistics: LatentStatistics, facts: Mapping[str, Any]) -> str:
+    """fp32 tensors as a checkpoint's decoder file has them; returns the file's sha256.
+
+    Raises OSError, and leaves what was there, where it cannot be written, and ValueError for
+    values that are not finite.
+    """
+    tensors = {
+        "latents_mean": statistics.mean.float().cpu(),
+        "latents_var": statistics.var.float().cpu(),
+        "eps": torch.tensor(EPS),
+    }
+    return write_whole(path, tensors, {**facts, "num_latents": statistics.count})
+
+
+def read_statistics(
+    path: Path, latent_shape: tuple[int, int, int]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors by an `RAE`'s names, and the facts that were written with them.
+
+    Raises ValueError for another file, and for statistics of other latents.
+    """
+    tensors = read_tensors(path)
+    if tensors.keys() != set(NAMES):
+        raise CheckpointError(
+            f"{path} holds {', '.join(sorted(tensors))}: statistics are {', '.join(NAMES)}"
+        )
+    found = tuple(tensors["latents_mean"].shape)
+    if found != latent_shape or tensors["latents_var"].shape != tensors["latents_mean"].shape:
+        raise CheckpointError(f"{path} is of latents {found}, not of {latent_shape}")
+    return tensors, read_facts(path)

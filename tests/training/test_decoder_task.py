@@ -67,7 +67,6 @@ def tiny_rae() -> RAE:
         num_attention_heads=2,
         intermediate_size=32,
         mask_ratio=0.0,
-        attn_implementation="sdpa",
     )
     vit = ViTMAEModel(config)
     rae = RAE(CONFIG, image_mean=(0.5, 0.4, 0.3), image_std=STD)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae.training.discriminator import DiscriminatorHeads
+from rae.training.discriminator import DiscriminatorHeads, Head
 
 
 def random_heads(num_maps: int = 2, channels: int = 6) -> DiscriminatorHeads:
@@ -23,24 +23,21 @@ def estimates(heads: nn.Module) -> list[Tensor]:
     return [value.clone() for name, value in heads.named_buffers() if name.endswith(("_u", "_v"))]
 
 
-def normalised_conv(x: Tensor, conv: nn.Conv1d, left: Tensor, right: Tensor) -> Tensor:
+def normalised_conv(x: Tensor, conv: nn.Module) -> Tensor:
     """A ring of tokens (B, C, N), the weight over its largest singular value's estimate."""
-    weight = conv.parametrizations.weight.original  # type: ignore[union-attr]
+    state = conv.state_dict()
+    weight = state["parametrizations.weight.original"]
+    left, right = (state[f"parametrizations.weight.0.{name}"] for name in ("_u", "_v"))
     weight = weight / (left @ weight.flatten(1) @ right)
     pad = weight.shape[-1] // 2
     ring = torch.cat([x[:, :, -pad:], x, x[:, :, :pad]], dim=2) if pad else x
-    assert conv.bias is not None
-    return F.conv1d(ring, weight) + conv.bias[:, None]
+    return F.conv1d(ring, weight) + state["bias"][:, None]
 
 
 def block(x: Tensor, layers: nn.Sequential) -> Tensor:
-    conv, norm = layers[0], layers[1]
-    assert isinstance(conv, nn.Conv1d) and isinstance(norm, nn.InstanceNorm1d)
-    state = conv.parametrizations.weight[0]  # type: ignore[index,union-attr]
-    x = normalised_conv(x, conv, state._u, state._v)
+    x, norm = normalised_conv(x, layers[0]), layers[1].state_dict()
     mean, var = x.mean(2, keepdim=True), x.var(2, correction=0, keepdim=True)
-    assert norm.weight is not None and norm.bias is not None
-    x = (x - mean) / (var + 1e-6).sqrt() * norm.weight[:, None] + norm.bias[:, None]
+    x = (x - mean) / (var + 1e-6).sqrt() * norm["weight"][:, None] + norm["bias"][:, None]
     return torch.where(x > 0, x, 0.2 * x)
 
 
@@ -51,12 +48,10 @@ def test_a_head_is_its_formula() -> None:
     assert logits.shape == (3, 22)
     start = 0
     for head, features in zip(heads.heads, maps, strict=True):
-        x = block(features, head.project)  # type: ignore[arg-type]
-        x = (block(x, head.mix) + x) / math.sqrt(2)  # type: ignore[arg-type]
-        conv = head.classify
-        assert isinstance(conv, nn.Conv1d)
-        state = conv.parametrizations.weight[0]  # type: ignore[index,union-attr]
-        expected = normalised_conv(x, conv, state._u, state._v)[:, 0]
+        assert isinstance(head, Head)
+        x = block(features, head.project)
+        x = (block(x, head.mix) + x) / math.sqrt(2)
+        expected = normalised_conv(x, head.classify)[:, 0]
         part = logits[:, start : start + features.shape[2]]
         torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
         start += features.shape[2]
@@ -74,7 +69,7 @@ def test_spectral_estimates_move_once_for_each_list_in_training_alone() -> None:
     before = estimates(heads)
     heads(maps)
     assert all(a.equal(b) for a, b in zip(estimates(heads), before, strict=True))
-    weight = heads.heads[0].project[0].parametrizations.weight.original.flatten(1)  # type: ignore[index,union-attr]
+    weight = heads.state_dict()["heads.0.project.0.parametrizations.weight.original"].flatten(1)
     u, v = before[:2]
     for _ in range(2):
         u = F.normalize(weight @ v, dim=0)

@@ -87,7 +87,9 @@ def ssim_by_hand(first: np.ndarray, second: np.ndarray) -> float:
 
 def test_ssim_by_hand() -> None:
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    noisy = (images + 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    noisy = (
+        images + 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    ).clamp(0, 1)
     expected = [
         np.mean([ssim_by_hand(*map(np.asarray, pair)) for pair in zip(a, b, strict=True)])
         for a, b in zip(noisy.double(), images.double(), strict=True)

@@ -110,7 +110,7 @@ def test_fsdp_fits_where_ddp_does_not() -> None:
 )
 def test_what_cannot_be_planned_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(plan("DiTDH-XL-256"), **changes)  # type: ignore[arg-type]
+        replace(plan("DiTDH-XL-256"), **changes)
 
 
 def test_an_impossible_cluster_is_refused() -> None:

@@ -39,18 +39,17 @@ CONFIG = DecoderConfig(
 )
 
 
-class PatchFeatures(nn.Conv2d):
+class PatchFeatures:
     """Two maps of one frozen convolution."""
 
     num_maps = 2
     channels = 8
 
     def __init__(self) -> None:
-        super().__init__(3, 8, 2, stride=2)
-        self.requires_grad_(False)
+        self.conv = nn.Conv2d(3, 8, 2, stride=2).requires_grad_(False)
 
-    def forward(self, input: Tensor) -> list[Tensor]:
-        tokens = super().forward(input).flatten(2)
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        tokens = self.conv(images).flatten(2)
         return [tokens, tokens.tanh()]
 
 
