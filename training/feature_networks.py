@@ -72,7 +72,8 @@ class InceptionFeatures(nn.Module):
     order, `logits` are those without the bias: what ADM's evaluator reads.
     """
 
-    dim, spatial_dim = 2048, SPATIAL_CHANNELS * 17 * 17
+    dim: int = 2048
+    spatial_dim: int | None = SPATIAL_CHANNELS * 17 * 17
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError for a file that is absent or holds other tensors."""
@@ -115,7 +116,8 @@ class EncoderFeatures(nn.Module):
     Images are resized as `RAE.encode` does, bicubic without antialias.
     """
 
-    is_fid, spatial_dim = False, None
+    is_fid: bool = False
+    spatial_dim: int | None = None
     image_mean: Tensor
     image_std: Tensor
 
