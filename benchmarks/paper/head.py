@@ -27,7 +27,9 @@ from lab import (
     label_ends,
     open_lab,
     over_seeds,
+    polish,
     run,
+    save,
     say,
     trained,
 )
@@ -158,7 +160,7 @@ def draw(figures: Figures, path: Path) -> None:
         for axes, (name, label) in zip(row, names.items(), strict=True):
             draw_size(axes, figures, size, name)
             axes.set(xlabel=f"training steps of {figures['batch_size']}", ylabel=label)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def draw_size(axes: Axes, figures: Figures, size: str, name: str) -> None:
@@ -172,7 +174,7 @@ def draw_size(axes: Axes, figures: Figures, size: str, name: str) -> None:
         ends.append((steps[-1], means[-1], model, f"C{place}"))
     if name == "frechet":
         axes.set_yscale("log")
-    axes.spines[["top", "right"]].set_visible(False)
+    polish(axes)
     flops = runs[0]["mflops"]
     axes.set_title(f"about {flops:.0f} MFLOP an image", fontsize=10)
     label_ends(axes, ends)

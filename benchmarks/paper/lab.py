@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from rae.training.trainer import Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "models" / "digits"
@@ -284,18 +286,41 @@ def say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
+def save(figure: Figure, path: Path) -> None:
+    """A PNG of 64 colours."""
+    from PIL import Image
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def polish(axes: Axes) -> None:
+    """No frame, and plain numbers on a logarithmic axis."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+
+
+def pretty(name: str) -> str:
+    return name.replace("^DH", "$^{DH}$")
+
+
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Texts in their colours right of points (x, y, text, colour), moved apart where they meet."""
     figure = axes.figure
     figure.canvas.draw()
-    to_pixels, height, lowest = axes.transData, figure.dpi / 72 * 11, -float("inf")
+    height, lowest = figure.dpi / 72 * 11, -float("inf")
     for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
-        pixel = to_pixels.transform((x, y))
-        lowest = max(pixel[1], lowest + height)
+        pixel = axes.transData.transform((x, y))[1]
+        lowest = max(pixel, lowest + height)
         axes.annotate(
-            text,
+            pretty(text),
             (x, y),
-            xytext=(6, (lowest - pixel[1]) * 72 / figure.dpi),
+            xytext=(6, (lowest - pixel) * 72 / figure.dpi),
             textcoords="offset points",
             color=colour,
             va="center",

@@ -25,7 +25,10 @@ from lab import (
     generator_task,
     label_ends,
     open_lab,
+    polish,
+    pretty,
     run,
+    save,
     say,
     trained,
 )
@@ -167,12 +170,12 @@ def draw(figures: Figures, path: Path) -> None:
         bars = right.bar(where, heights, 0.38, color=f"C{place}", label=f"decoder with τ = {tau}")
         right.bar_label(bars, [f"{value:.0%}" for value in read], fontsize=9)
     right.set_xticks(range(len(names)), names)
-    right.set(xlabel="DiT^DH that made the samples", ylabel="Fréchet distance (encoder)")
+    right.set(xlabel=pretty("DiT^DH that made the samples"), ylabel="Fréchet distance (encoder)")
     right.set_title("Samples; above the bars: recognised", fontsize=10)
     right.legend(frameon=False)
     for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+        polish(axes)
+    save(figure, path)
 
 
 def draw_noised(axes: Axes, held_out: dict[str, list[Figures]], name: str, label: str) -> None:

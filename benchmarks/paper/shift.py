@@ -21,7 +21,9 @@ from lab import (
     label_ends,
     open_lab,
     over_seeds,
+    polish,
     run,
+    save,
     say,
     trained,
 )
@@ -113,11 +115,11 @@ def draw(figures: Figures, path: Path) -> None:
         else:
             axes.set_ylim(0, 1.02)
         axes.set_xlabel(f"training steps of {figures['batch_size']}")
-        axes.spines[["top", "right"]].set_visible(False)
+        polish(axes)
         label_ends(axes, ends)
     left.set_ylabel(f"recognised, of {figures['samples']} unguided samples")
     right.set_ylabel("Fréchet distance to the training images (encoder)")
-    figure.savefig(path)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,10 @@ from lab import (
     generator_task,
     label_ends,
     open_lab,
+    polish,
+    pretty,
     run,
+    save,
     say,
     trained,
 )
@@ -40,7 +43,7 @@ from rae.training.dit_dh import DiTTask
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PLAN = Plan(steps=1500, batch_size=32, lr=2e-3, class_dropout_prob=0, precision="fp32")
+PLAN = Plan(steps=1000, batch_size=32, lr=2e-3, class_dropout_prob=0, precision="fp32")
 CHANNELS = 96
 WIDTHS = (32, 64, 80, 96, 128, 192)
 DEPTH, DEEP = 2, 6
@@ -150,19 +153,17 @@ def draw(figures: Figures, path: Path) -> None:
         if arm["floor"]:
             left.axhline(arm["floor"], color=colour, linestyle=":", linewidth=1)
         ends.append((steps[-1], losses[-1], f"width {width}", colour))
+    polish(left)
     label_ends(left, ends)
     draw_ends(right, figures["arms"])
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    polish(right)
+    save(figure, path)
 
 
 def draw_ends(axes: Axes, arms: dict[str, Figures]) -> None:
     """The loss at the end over the width of the last layer, and the floor as a line."""
     axes.plot([0, CHANNELS, 200], [1, 0, 0], color="gray", linewidth=1)
-    axes.annotate(
-        "floor, 1 − width/96", (48, 0.5), (-8, -8), textcoords="offset points", ha="right"
-    )
+    axes.annotate("floor: 1 − width/96", (48, 0.5), (8, 4), textcoords="offset points")
     kinds = {
         "o": (f"plain DiT, depth {DEPTH}", [f"DiT {width}×{DEPTH}" for width in WIDTHS]),
         "s": (f"plain DiT, depth {DEEP}", [f"DiT {NARROW}×{DEEP}"]),
@@ -173,7 +174,9 @@ def draw_ends(axes: Axes, arms: dict[str, Figures]) -> None:
     }
     for marker, (label, names) in kinds.items():
         points = [(arms[name]["width"], arms[name]["loss"]) for name in names]
-        axes.plot(*zip(*points, strict=True), marker, label=label, markersize=9, fillstyle="none")
+        axes.plot(
+            *zip(*points, strict=True), marker, label=pretty(label), markersize=9, fillstyle="none"
+        )
     axes.set(xlabel="width of the last layers", ylabel="velocity loss at the end", xlim=(0, 200))
     axes.set_ylim(bottom=0)
     axes.set_title(f"The tokens have {CHANNELS} channels", fontsize=10)
