@@ -16,7 +16,7 @@ install: .venv/.installed
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv; the first time takes a few minutes"
 	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
-	    -c constraints.txt -e '.[dev,train,convert]' \
+	    -c constraints.txt -e '.[dev,train,report,convert]' \
 	    | awk '/(Downloading|Using cached) / && !/metadata/ { print; fflush() }'
 	@touch $@
 

@@ -144,15 +144,18 @@ def save_checkpoint(
     an encoder. config.json comes last: without it a folder is no checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    statistics = {key: getattr(rae, key) for key in STATISTICS if getattr(rae, key) is not None}
-    sha256 = {
-        DIT_DH_FILE: write_tensors(folder / DIT_DH_FILE, dit_dh.state_dict()),
-        DECODER_FILE: write_tensors(
-            folder / DECODER_FILE, {**rae.decoder.state_dict(), **statistics}
-        ),
-    }
+    sha256 = {DIT_DH_FILE: write_tensors(folder / DIT_DH_FILE, dit_dh.state_dict())}
     if guide is not None:
         sha256[GUIDE_FILE] = write_tensors(folder / GUIDE_FILE, guide.state_dict())
+    return save_autoencoder(folder, replace(config, sha256=sha256), rae)
+
+
+def save_autoencoder(folder: Path, config: C, rae: RAE) -> C:
+    """The RAE's part of `save_checkpoint`: all of a folder that holds no DiT^DH."""
+    folder.mkdir(parents=True, exist_ok=True)
+    statistics = {key: getattr(rae, key) for key in STATISTICS if getattr(rae, key) is not None}
+    tensors = {**rae.decoder.state_dict(), **statistics}
+    sha256 = {**config.sha256, DECODER_FILE: write_tensors(folder / DECODER_FILE, tensors)}
     return write_config(folder, replace(config, sha256=sha256))
 
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from rae.models.command_line import takes
 from rae.server.command_settings import ConvertSettings, ReconstructSettings
-from rae.server.settings import find_folder, takes
+from rae.server.settings import find_folder
 from rae.server.terminal import fail
 
 checkpoints = typer.Typer()

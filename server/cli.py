@@ -14,10 +14,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from rae.models import labels
+from rae.models.command_line import takes
 from rae.server.checkpoint_cli import checkpoints
 from rae.server.command_settings import ClassesSettings, GenerateSettings, SampleSettings
 from rae.server.serve_settings import ServeSettings
-from rae.server.settings import EngineSettings, server_version, takes
+from rae.server.settings import EngineSettings, server_version
 from rae.server.stopping import Stopping
 from rae.server.terminal import fail
 

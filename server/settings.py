@@ -1,26 +1,19 @@
 """Flags, environment variables and settings: each field below is all three.
 
-A command of the `rae` tool takes the fields of one class as its parameters (`takes`).
+A command of the `rae` tool takes the fields of one class as its parameters (`command_line.takes`).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
-from functools import wraps
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast, get_type_hints
+from typing import Annotated, Literal
 
 import typer
 
 from rae.models.cache import converted
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-S = TypeVar("S", bound="DataclassInstance")
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "fp32", "tf32", "bf16"]
@@ -159,30 +152,3 @@ def embedded_model() -> Path:
 
     assert digits.__file__
     return Path(digits.__file__).parent
-
-
-def takes(settings: type[S]) -> Callable[[Callable[[S], None]], Callable[..., None]]:
-    """Give a command that takes one `settings` object the object's fields as parameters."""
-    make = cast("Callable[..., S]", settings)
-    hints = get_type_hints(settings, include_extras=True)
-    parameters = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(settings)
-    ]
-
-    def decorate(function: Callable[[S], None]) -> Callable[..., None]:
-        @wraps(function)
-        def command(**values: object) -> None:
-            function(make(**values))
-
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        del command.__wrapped__
-        return command
-
-    return decorate

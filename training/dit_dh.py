@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,6 @@ from rae.training.precision import Precision, autocast
 
 DRAWS = 2
 """The purpose of these random numbers, apart from the crops and flips of images."""
-
-
-class Normalise(Protocol):
-    def __call__(self, latents: Tensor) -> Tensor: ...
 
 
 class StepDraws(NamedTuple):

@@ -30,7 +30,7 @@ class EMA:
         decay = self.decay
         if self.rises:
             decay = min(decay, (1 + num_updates) / (10 + num_updates))
-        torch._foreach_lerp_(
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             list(self.averages.values()), list(self.weights.values()), weight=1 - decay
         )
 
@@ -46,4 +46,6 @@ class EMA:
 
     @torch.no_grad()
     def _assign(self, values: dict[str, Tensor]) -> None:
-        torch._foreach_copy_(list(self.weights.values()), [values[name] for name in self.weights])
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+            list(self.weights.values()), [values[name] for name in self.weights]
+        )

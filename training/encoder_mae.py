@@ -1,27 +1,36 @@
-"""A small masked autoencoder (transformers' ViTMAE), pretrained here: the RAE's encoder."""
+"""A small masked autoencoder (transformers' ViTMAE), pretrained here: the digits' RAE encoder."""
 
 from __future__ import annotations
 
-import copy
-from typing import cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from rae.models.config import EncoderConfig
 from rae.models.embedders import sincos_2d
-from rae.models.encoder import Encoder
-from rae.training.data import Digits, random_transforms, render
-from rae.training.loop import OnStep, Plan, fit
+from rae.training.batch import Batch
+from rae.training.distributed import World
+from rae.training.draws import generators
+from rae.training.learner import Learner
+from rae.training.precision import Precision, autocast, set_matmul_precision
+from rae.training.recipe import Recipe
+from rae.training.run import RunSettings, step_batches
+from rae.training.samples import Samples
+from rae.training.trainer import Report, Trainer
 
 IMAGE_MEAN = (0.5, 0.5, 0.5)
 IMAGE_STD = (0.5, 0.5, 0.5)
+MASK = 5  # a purpose of draws
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Pixels as the encoder sees them and the decoder makes them: [0, 1] to [−1, 1]."""
-    return (images - IMAGE_MEAN[0]) / IMAGE_STD[0]
+@dataclass(frozen=True, kw_only=True)
+class MAERecipe(Recipe):
+    """`vit` are the arguments of transformers' ViTMAEConfig."""
+
+    vit: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_mae(config: ViTMAEConfig) -> ViTMAEForPreTraining:
@@ -40,31 +49,78 @@ def build_mae(config: ViTMAEConfig) -> ViTMAEForPreTraining:
     return model
 
 
-def train_encoder(
-    config: ViTMAEConfig,
-    digits: Digits,
-    plan: Plan,
-    generator: torch.Generator,
-    *,
-    bf16: bool,
-    on_step: OnStep,
-) -> ViTMAEForPreTraining:
-    """Reconstruct masked patches of moved and turned scans."""
+class MAETask:
+    """Reconstruct masked patches of images; which, follows from a sample's position."""
 
-    mae = build_mae(config)
-    num_patches = mae.decoder.decoder_pos_embed.shape[1] - 1
+    def __init__(self, learner: Learner[nn.Module], seed: int, precision: Precision) -> None:
+        self.learners: Mapping[str, Learner[nn.Module]] = {"mae": learner}
+        self.learner, self.seed = learner, seed
+        self.precision: Precision = precision
 
-    def batch_loss(model: ViTMAEForPreTraining) -> Tensor:
-        rows = torch.randint(len(digits), (plan.batch_size,), generator=generator)
-        images = render(digits.scans[rows], random_transforms(len(rows), generator))
-        noise = torch.rand(len(rows), num_patches, generator=generator)
-        return model(pixel_values=normalise(images), noise=noise).loss
+    def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
+        learner, losses = self.learner, []
+        learner.module.train()
+        lr = learner.lr
+        for index, batch in enumerate(batches):
+            assert batch.images is not None
+            pixels = (batch.images.float() / 255 - IMAGE_MEAN[0]) / IMAGE_STD[0]
+            device, is_last = pixels.device, index == len(batches) - 1
+            with learner.micro_batch(is_last=is_last), autocast(device, self.precision):
+                output = learner.parallel(pixel_values=pixels, noise=self.masks(batch, device))
+                (output.loss / len(batches)).backward()
+            losses.append(output.loss.detach().float())
+        loss = torch.stack(losses).mean()
+        return {"loss": loss, "grad_norm": learner.update(), "lr": loss.new_tensor(lr)}
 
-    return fit(mae, batch_loss, plan, bf16=bf16, on_step=on_step)
+    def masks(self, batch: Batch, device: torch.device) -> Tensor:
+        """Noise (B, patches): the highest of each sample are masked."""
+        mae = cast(ViTMAEForPreTraining, self.learner.module)
+        num_patches = mae.decoder.decoder_pos_embed.shape[1] - 1
+        each = generators(device, self.seed, batch.positions, MASK)
+        return torch.stack([torch.rand(num_patches, generator=g, device=device) for g in each])
+
+    def samples(self) -> Tensor | None:
+        return None
 
 
-def frozen_encoder(model: ViTMAEForPreTraining) -> Encoder:
-    """The encoder as `load_encoder` would read it from disk: nothing masked."""
-    vit = copy.deepcopy(model.vit)  # Encoder takes the affine part of its last norm away
-    vit.embeddings.config.mask_ratio = 0.0
-    return Encoder(EncoderConfig(kind="mae", image_size=cast(int, vit.config.image_size)), vit)
+def train_mae(
+    recipe: MAERecipe, samples: Samples, settings: RunSettings, world: World, report: Report
+) -> bool:
+    """Whether the run is done and OUT/vit written: the averaged encoder as transformers has it,
+    without the decoder that masked patches were predicted with."""
+    set_matmul_precision(settings.precision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        mae = build_mae(ViTMAEConfig(**recipe.vit))
+    learner = Learner[nn.Module](
+        mae,
+        world,
+        recipe.adamw,
+        recipe.lr_schedule(len(samples)),
+        ema_decay=recipe.ema_decay,
+        ema_rises=recipe.ema_rises,
+        strategy=settings.strategy,
+    )
+    trainer = Trainer(
+        MAETask(learner, recipe.seed, settings.precision),
+        lambda start: step_batches(
+            samples,
+            settings,
+            world,
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+            start_step=start,
+        ),
+        settings.trainer(recipe.num_steps(len(samples))),
+        world,
+        settings.out,
+        report,
+    )
+    if not trainer.run():
+        return False
+    weights = learner.averages()
+    if world.is_first:
+        mae.load_state_dict(weights)
+        mae.vit.save_pretrained(settings.out / "vit")
+    world.barrier()
+    return True

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -108,6 +109,14 @@ class Learner(Generic[M]):
                     yield self.module
         finally:
             self.module.train(was_training)
+
+    def averages(self) -> dict[str, Tensor]:
+        """The module's state dict with the EMA weights, whole and on the CPU, in the first
+        process; every process has to ask."""
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        with self.averaged() as module:
+            state = get_model_state_dict(module, options=whole)
+            return {name: cast(Tensor, value).clone() for name, value in state.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded as the module is; `load_state_dict` takes one of any number of processes."""

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from rae.training.distributed import World
 from rae.training.learner import Learner
@@ -51,14 +53,14 @@ class Snapshots:
     def save(self, step: int) -> None:
         """After `step` steps. Raises OSError where it cannot be written: those before stay."""
         partial = self.path(step).with_suffix(PARTIAL)
-        problem: Exception | None = None
+        problem: BaseException | None = None
         if self.world.is_first:
             self._clear()
         self.world.barrier()
         try:
             with quietly():
-                dcp.save(self._state(step), checkpoint_id=partial, no_dist=self.world.size == 1)
-        except (OSError, dcp.CheckpointException) as error:
+                save(self._state(step), checkpoint_id=partial, no_dist=self.world.size == 1)
+        except (OSError, CheckpointException) as error:
             problem = error
         if self.world.any(problem is not None):
             if self.world.is_first:
@@ -78,8 +80,8 @@ class Snapshots:
         state = self._state(0)
         try:
             with quietly():
-                dcp.load(state, checkpoint_id=self.path(step), no_dist=self.world.size == 1)
-        except (dcp.CheckpointException, RuntimeError, KeyError, ValueError) as error:
+                load(state, checkpoint_id=self.path(step), no_dist=self.world.size == 1)
+        except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"{self.path(step)} does not fit this run: {error}") from error
         for name, learner in self.learners.items():
             learner.load_state_dict(state[name])

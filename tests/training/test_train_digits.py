@@ -20,9 +20,9 @@ from rae.models.config import DiTDHConfig
 from rae.models.dit_dh import DiTDH
 from rae.models.tensor_files import file_sha256
 from rae.training import cli, digits
-from rae.training.data import render, split_digits
 from rae.training.digits import Recipe, Reporter, train_digits
-from rae.training.evaluate import evaluate, psnr_db, save_grid
+from rae.training.digits_data import render, split_digits
+from rae.training.digits_judge import evaluate, psnr_db, save_grid
 from rae.training.loop import OnStep, Plan
 
 MINIATURE = Recipe(

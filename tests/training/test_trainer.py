@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from train_tiny import BATCH, Lines, batches, make_learner, make_task, weights
 
+from rae.training import snapshots
 from rae.training.batch import Batch
 from rae.training.distributed import World
 from rae.training.trainer import MAX_SKIPPED, DivergedError, Trainer, TrainerConfig
@@ -154,7 +155,7 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_ones_before(
     tmp_path: Path, undisturbed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer, lines = make_trainer(tmp_path, snapshot_every=2)
-    save = torch.distributed.checkpoint.save
+    save = snapshots.save
     calls = []
 
     def full(*args: Any, **options: Any) -> None:  # noqa: ANN401
@@ -163,7 +164,7 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_ones_before(
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch.distributed.checkpoint, "save", full)
+    monkeypatch.setattr(snapshots, "save", full)
     assert trainer.run()
     assert trainer.snapshots.steps() == [2, 6]
     assert "No space left on device; training goes on" in lines.lines[-1]
@@ -231,6 +232,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_twenty_kills_end_in_the_same_bits(tmp_path: Path) -> None:
     steps = 100
     undisturbed = finish(start(tmp_path / "whole", f"--steps={steps}"))

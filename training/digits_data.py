@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
+
+from rae.models.sampling import to_uint8
+from rae.training.draws import generator
 
 CLASS_NAMES = (
     *("zero", "one", "two", "three", "four"),
@@ -78,3 +83,19 @@ def to_scans(images: Tensor) -> Tensor:
     then of 4×4 pixels."""
     gray = images.mean(1, keepdim=True)
     return SCAN_MAX * F.avg_pool2d(gray, IMAGE_SIZE // SCAN_SIZE).flatten(1)
+
+
+def write_digits(folder: Path, copies: int, seed: int) -> None:
+    """The training scans as a data set: FOLDER/<label>/<scan>-<copy>.png, 32×32; copy 0 is the
+    scan as it is, the `copies` others are moved and turned. A whole folder is left as it is."""
+    digits, _ = split_digits()
+    done = folder / "done"
+    if done.exists():
+        return
+    for copy in range(copies + 1):
+        moved = random_transforms(len(digits), generator("cpu", seed, copy)) if copy else None
+        pictures = to_uint8(render(digits.scans, moved)).permute(0, 2, 3, 1).numpy()
+        for scan, (picture, label) in enumerate(zip(pictures, digits.labels.tolist(), strict=True)):
+            path = folder / f"{label}-{CLASS_NAMES[label]}" / f"{scan:04}-{copy:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path, compress_level=1)

@@ -20,10 +20,11 @@ from rae.models.checkpoint import Checkpoint
 from rae.models.guidance import Guidance
 from rae.models.rae import RAE
 from rae.models.sampling import denoise, draw_noise, timesteps, to_uint8
-from rae.training.data import CLASS_NAMES, IMAGE_SIZE, Digits, render, split_digits, to_scans
+from rae.training.digits_data import CLASS_NAMES, IMAGE_SIZE, Digits, render, split_digits, to_scans
 
 SVC_GAMMA = 0.001
 PER_CLASS = 100
+SAMPLES_PER_CLASS = 8
 BATCH = 100
 
 
@@ -174,7 +175,7 @@ def save_grid(images: Tensor, columns: int, path: Path, scale: int = 1) -> None:
     Image.fromarray(sheet.numpy()).quantize(64).save(path, optimize=True)
 
 
-def evaluate(checkpoint: Checkpoint, *, per_class: int = PER_CLASS) -> list[Criterion]:
+def judge_checkpoint(checkpoint: Checkpoint, *, per_class: int = PER_CLASS) -> list[Criterion]:
     """Every figure of the embedded model, with its bound where it has one.
 
     The default guidance is held to all bounds, the unguided model to its legibility; AutoGuidance

@@ -1,0 +1,273 @@
+"""`rae train decoder`, `rae train dit` and `rae train assemble`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+from torch import Tensor
+
+from rae.models.checkpoint import DECODER_FILE, load_autoencoder, load_rae
+from rae.models.checkpoint_config import AutoencoderConfig, SamplerDefaults, read_any_config
+from rae.models.command_line import takes
+from rae.models.config import DiTDHConfig, GuidanceMethod
+from rae.models.encoder import load_encoder
+from rae.models.published import NORMALISATION
+from rae.models.rae import RAE
+from rae.training.assemble import assemble_autoencoder, assemble_checkpoint
+from rae.training.decoder_recipe import DECODER_PRESETS, DecoderRecipe
+from rae.training.distributed import World, joined
+from rae.training.image_data import ImageSource, fingerprint, open_dataset
+from rae.training.latent_shards import LatentShards
+from rae.training.overrides import override
+from rae.training.presets import DIT_PRESETS, DiTRecipe
+from rae.training.recipe import Recipe, preset_of
+from rae.training.report import Report, Silent
+from rae.training.run import RunSettings, claim
+from rae.training.samples import ImageSamples, Samples
+from rae.training.stage1 import train_decoder
+from rae.training.stage2 import load_averages, train_dit, trained
+from rae.training.stats import read_statistics
+from rae.training.trainer import DivergedError
+from rae.training.transforms import CenterCrop, RandomCrop
+
+RUN = re.compile(r"(.+?)(?:@(\d+))?")
+DATA = "What it learns from"
+INTERRUPTED = 130
+
+Preset = Annotated[str, typer.Argument(metavar="PRESET", help="The recipe, by its name.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; as often as needed."),
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="Images in a folder a class, or .tar shards.", rich_help_panel=DATA),
+]
+Statistics = Annotated[
+    Path | None,
+    typer.Option(
+        help="Of the latents, by `rae train stats`.",
+        show_default="the RAE's own",
+        rich_help_panel=DATA,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSettings(RunSettings):
+    preset: Preset
+    images: Annotated[
+        Path, typer.Option(help="Images in folders, or .tar shards.", rich_help_panel=DATA)
+    ]
+    encoder: Annotated[
+        Path,
+        typer.Option(
+            help="The frozen encoder, a transformers folder as published.", rich_help_panel=DATA
+        ),
+    ]
+    changes: Set = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTSettings(RunSettings):
+    preset: Preset
+    rae: Annotated[
+        Path,
+        typer.Option(
+            help="Checkpoint folder of the RAE, with its encoder where images are given.",
+            rich_help_panel=DATA,
+        ),
+    ]
+    images: Images = None
+    latents: Annotated[
+        Path | None,
+        typer.Option(help="What `rae train encode` has made of them.", rich_help_panel=DATA),
+    ] = None
+    statistics: Statistics = None
+    changes: Set = None
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """What a person can mend is one line and exit code 2; a run that failed, 1."""
+    try:
+        yield
+    except (DivergedError, OSError, ImportError, ValueError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+
+
+@takes(DecoderSettings)
+def decoder(settings: DecoderSettings) -> None:
+    """Stage 1: train an RAE's decoder on images. OUT/checkpoint is the RAE for stage 2."""
+    with clear_errors(), joined(settings.device) as world:
+        recipe = override(preset_of(DECODER_PRESETS, settings.preset), settings.changes or [])
+        source = open_dataset(settings.images)
+        samples = ImageSamples(source, RandomCrop(recipe.model.image_size))
+        begin(settings, recipe, {"images": facts_of(source)}, world)
+        rae, config = new_rae(recipe, settings.encoder)
+        with closing(report_of(settings, recipe, world)) as report:
+            weights = train_decoder(recipe, samples, rae, settings, world, report)
+        require_done(weights)
+        if world.is_first:
+            rae.decoder.load_state_dict(cast(Mapping[str, Tensor], weights))
+            out = settings.out / "checkpoint"
+            assemble_autoencoder(out, config, rae.cpu(), settings.encoder)
+            typer.echo(f"Wrote {out}; next: rae train stats, then rae train dit")
+
+
+@takes(DiTSettings)
+def dit(settings: DiTSettings) -> None:
+    """Stage 2: train a DiT^DH, an early guide or a plain DiT on an RAE's latents.
+
+    OUT/checkpoint is for `rae serve --model`. On several GPUs:
+    torchrun --nproc-per-node 8 -m rae.server train dit …
+    """
+    with clear_errors(), joined(settings.device) as world:
+        recipe = override(preset_of(DIT_PRESETS, settings.preset), settings.changes or [])
+        config, rae = open_rae(settings.rae, settings.statistics, settings.images is not None)
+        samples, facts, classes = open_samples(settings, recipe)
+        facts["rae"] = config.sha256[DECODER_FILE]
+        begin(settings, recipe, facts, world)
+        with closing(report_of(settings, recipe, world)) as report:
+            weights = train_dit(recipe, samples, rae, settings, world, report)
+        require_done(weights)
+        if world.is_first and isinstance(recipe.model, DiTDHConfig):
+            out = settings.out / "checkpoint"
+            model = trained(recipe, cast(Mapping[str, Tensor], weights))
+            encoder = settings.rae / "encoder"
+            assemble_checkpoint(
+                out, config, rae.cpu(), recipe, model, classes=classes, encoder=encoder
+            )
+            typer.echo(f"Wrote {out}; next: rae serve --model {out}")
+
+
+def assemble(
+    out: Annotated[Path, typer.Argument(help="The checkpoint folder to write.")],
+    rae: Annotated[Path, typer.Option(help="Checkpoint folder of the RAE.")],
+    dit: Annotated[
+        str, typer.Option(metavar="RUN[@STEP]", help="A run's folder, and which snapshot.")
+    ],
+    guide: Annotated[
+        str | None, typer.Option(metavar="RUN[@STEP]", help="An early, weaker one.")
+    ] = None,
+    statistics: Statistics = None,
+    name: Annotated[str, typer.Option(help="What the checkpoint is called.")] = "",
+    steps: Annotated[int, typer.Option(help="Default of requests.")] = 50,
+    cfg: Annotated[float, typer.Option(help="Default of requests.")] = 1.0,
+    guidance_method: Annotated[GuidanceMethod, typer.Option(help="Default of requests.")] = "cfg",
+) -> None:
+    """Put a DiT^DH, its guide and an RAE into one checkpoint folder."""
+    with clear_errors():
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} is not empty: take a new folder")
+        config, autoencoder = open_rae(rae, statistics, with_encoder=False)
+        recipe, model, step = load_averages(*run_of(dit))
+        weaker = load_averages(*run_of(guide))[1] if guide else None
+        assemble_checkpoint(
+            out,
+            config,
+            autoencoder,
+            recipe,
+            model,
+            guide=weaker,
+            defaults=SamplerDefaults(steps=steps, cfg=cfg, guidance_method=guidance_method),
+            encoder=rae / "encoder",
+            name=name,
+        )
+        typer.echo(f"Wrote {out}, of step {step:,}; next: rae serve --model {out}")
+
+
+def run_of(text: str) -> tuple[Path, int | None]:
+    """Of RUN or RUN@STEP."""
+    match = RUN.fullmatch(text)
+    assert match is not None
+    return Path(match[1]), int(match[2]) if match[2] else None
+
+
+def begin(settings: RunSettings, recipe: Recipe, facts: Mapping[str, Any], world: World) -> None:
+    problem = ""
+    if world.is_first:
+        try:
+            claim(settings.out, recipe, facts)
+        except ValueError as error:
+            problem = str(error)
+    if world.any(bool(problem)):
+        raise ValueError(problem or "the first process refuses the folder")
+
+
+def report_of(settings: RunSettings, recipe: Recipe, world: World) -> Report | Silent:
+    return Report(settings.out) if world.is_first else Silent()
+
+
+def require_done(weights: object) -> None:
+    if weights is None:
+        typer.echo("Stopped, and saved: the same command goes on.")
+        raise typer.Exit(INTERRUPTED)
+
+
+def facts_of(source: ImageSource) -> dict[str, Any]:
+    return {"number": len(source), "sha256_of_names": fingerprint(source)}
+
+
+def new_rae(recipe: DecoderRecipe, encoder: Path) -> tuple[RAE, AutoencoderConfig]:
+    """With an untrained decoder, and latents as the encoder gives them. Raises ValueError."""
+    image_mean, image_std = NORMALISATION[recipe.encoder.kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        rae = RAE(recipe.model, image_mean=image_mean, image_std=image_std)
+    rae.encoder = load_encoder(recipe.encoder, encoder)
+    made = rae.encoder.latent_shape
+    taken = (recipe.model.latent_channels, recipe.model.grid, recipe.model.grid)
+    if made != taken:
+        raise ValueError(f"{encoder} makes latents {made}, the decoder takes {taken}")
+    config = AutoencoderConfig(
+        name=recipe.encoder.name or recipe.encoder.kind,
+        decoder=recipe.model,
+        encoder=recipe.encoder,
+        image_mean=image_mean,
+        image_std=image_std,
+        source="trained by `rae train decoder`",
+        notes={"decoder_recipe": asdict(recipe)},
+    )
+    return rae, config
+
+
+def open_rae(
+    folder: Path, statistics: Path | None, with_encoder: bool
+) -> tuple[AutoencoderConfig, RAE]:
+    """Raises CheckpointError, ValueError."""
+    if with_encoder:
+        config, rae = load_autoencoder(folder)
+    else:
+        config, _ = read_any_config(folder)
+        rae = load_rae(config, folder / DECODER_FILE)
+    own = {field.name: getattr(config, field.name) for field in fields(AutoencoderConfig)}
+    config = AutoencoderConfig(**own)  # of a folder that may hold a DiT^DH, too
+    if statistics is not None:
+        shape = tuple(rae.latents_var.shape)
+        rae.latents_mean, rae.latents_var = read_statistics(statistics, shape)
+    return config, rae
+
+
+def open_samples(
+    settings: DiTSettings, recipe: DiTRecipe
+) -> tuple[Samples, dict[str, Any], tuple[str, ...]]:
+    """What is trained on, the facts that tell it from others, and the classes' names."""
+    if (settings.images is None) == (settings.latents is None):
+        raise ValueError("either --images or --latents is needed")
+    if settings.latents is not None:
+        shards = LatentShards(settings.latents)
+        return shards, {"latents": shards.index.facts}, ()
+    assert settings.images is not None
+    source = open_dataset(settings.images)
+    crop = CenterCrop(recipe.image_size, flip=recipe.horizontal_flip)
+    classes = getattr(source, "class_names", ())
+    return ImageSamples(source, crop), {"images": facts_of(source)}, classes
