@@ -22,7 +22,7 @@ from lab import (
     Plan,
     averages,
     encode,
-    forward_flops,
+    forward_mflops,
     generator_task,
     label_ends,
     open_lab,
@@ -118,7 +118,7 @@ def train(lab: Lab, config: Config, plan: Plan, per_class: int) -> Figures:
             judged.append(row)
     return {
         "seed": plan.seed,
-        "mflops": forward_flops(config) / 1e6,
+        "mflops": forward_mflops(config),
         "parameters": sum(p.numel() for p in task.learner.module.parameters()),
         "judged": judged,
         "curve": averages(losses, max(1, plan.steps // 20)),

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from rae.models.checkpoint import Checkpoint, load_checkpoint
 from rae.models.config import DiTDHConfig
@@ -27,11 +26,12 @@ from rae.models.dit_dh import DiTDH
 from rae.models.rae import RAE
 from rae.models.sampling import VelocityModel, denoise, draw_noise, timesteps, to_uint8
 from rae.training.batch import Batch
-from rae.training.data import Digits, random_transforms, render, split_digits, to_scans
+from rae.training.digits_data import Digits, random_transforms, render, split_digits, to_scans
+from rae.training.digits_judge import BATCH, Judge, decode, protocol_labels
 from rae.training.distributed import World
 from rae.training.dit_dh import DiTTask, FlowMatching
 from rae.training.draws import generator
-from rae.training.evaluate import BATCH, Judge, decode, protocol_labels
+from rae.training.flops import model_flops
 from rae.training.frechet import Gaussian, Moments, frechet_distance
 from rae.training.learner import AdamWConfig, Learner
 from rae.training.lr_schedule import LRSchedule
@@ -191,14 +191,9 @@ def build(config: DiTConfig | DiTDHConfig, seed: int) -> DiT | DiTDH:
     return model
 
 
-def forward_flops(config: DiTConfig | DiTDHConfig) -> int:
-    """Of one image; a multiplication and an addition are two."""
-    with torch.device("meta"):
-        model = build(config, 0)
-        inputs = torch.zeros(1, *config.latent_shape), torch.zeros(1), torch.zeros(1).long()
-    with FlopCounterMode(display=False) as counter:
-        model(*inputs)
-    return counter.get_total_flops()
+def forward_mflops(config: DiTConfig | DiTDHConfig) -> float:
+    """Of one image."""
+    return model_flops(config).forward / 1e6
 
 
 def generator_task(rae: RAE, config: DiTConfig | DiTDHConfig, plan: Plan) -> DiTTask:

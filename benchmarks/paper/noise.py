@@ -39,9 +39,9 @@ from rae.models.decoder import Decoder
 from rae.models.rae import RAE
 from rae.training.build_decoder import build_decoder_task
 from rae.training.decoder_recipe import DecoderRecipe
+from rae.training.digits_judge import decode, psnr_db
 from rae.training.distributed import World
 from rae.training.draws import generator
-from rae.training.evaluate import decode, psnr_db
 from rae.training.frechet import frechet_distance
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Settings:
     """Steps of the decoders and, at most, of the DiT^DH that is judged `early`."""
 
     copies: int = 8
-    steps: int = 1000
+    steps: int = 800
     batch_size: int = 128
     early: tuple[int, ...] = (150, 300)
     per_class: int = 50
@@ -81,10 +81,12 @@ def train_decoder(lab: Lab, tau: float, settings: Settings) -> RAE:
         warmup_epochs=epochs / 20,
         lr=1.5e-3,
         final_lr=3e-5,
-        ema_decay=0.99,
+        lr_shape="linear",
         clip_norm=1.0,
+        ema_decay=0.998,
+        ema_rises=True,
         tau=tau,
-        perceptual="none",
+        perceptual="encoder",
         discriminator="none",
         seed=SEED,
     )

@@ -22,7 +22,7 @@ from lab import (
     Lab,
     Plan,
     averages,
-    forward_flops,
+    forward_mflops,
     generator_task,
     label_ends,
     open_lab,
@@ -120,7 +120,7 @@ def overfit(lab: Lab, config: Config, plan: Plan) -> Figures:
     tokens = lab.rae.normalise(lab.latents[SAMPLE]).flatten(1).T
     return {
         "width": last_width(config),
-        "mflops": forward_flops(config) / 1e6,
+        "mflops": forward_mflops(config),
         "floor": loss_floor(last_width(config), tokens),
         "loss": fresh_loss(task, batch(lab, FRESH_DRAWS, FRESH_START)),
         "curve": averages(losses, min(SMOOTHED, max(1, plan.steps // 4))),
