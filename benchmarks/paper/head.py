@@ -175,7 +175,7 @@ def draw_size(axes: Axes, figures: Figures, size: str, name: str) -> None:
     if name == "frechet":
         axes.set_yscale("log")
     polish(axes)
-    flops = runs[0]["mflops"]
+    flops = next(run["mflops"] for run in figures["runs"] if run["size"] == size)
     axes.set_title(f"about {flops:.0f} MFLOP an image", fontsize=10)
     label_ends(axes, ends)
 

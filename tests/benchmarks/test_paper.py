@@ -95,11 +95,10 @@ def test_a_trained_model_is_judged_better_than_a_fresh_one(
 
 def test_batches_and_figures_repeat(scripts: dict[str, ModuleType], lab: Lab) -> None:
     once, twice = (lab.batches(8, 3) for _ in range(2))
-    for _ in range(2):
-        first, second = next(once), next(twice)
-        assert torch.equal(first.latents, second.latents)
-    assert first.positions.tolist() == list(range(8, 16))
-    assert not torch.equal(next(once).latents, first.latents)
+    pairs = [(next(once), next(twice)) for _ in range(2)]
+    assert all(torch.equal(first.latents, second.latents) for first, second in pairs)
+    assert not torch.equal(pairs[0][0].latents, pairs[1][0].latents)
+    assert pairs[1][0].positions.tolist() == list(range(8, 16))
     runs = [
         [{"step": 5, "x": 1.0}, {"step": 9, "x": 2.0}],
         [{"step": 5, "x": 3.0}, {"step": 9, "x": 0.0}],
