@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_inception_features(inception: InceptionFeatures) -> None:
     # TensorFlow's order: rows, columns, channels; after the ReLU.
     maps: list[Tensor] = []
     branch = inception.network.Mixed_6d.branch1x1
-    with branch.register_forward_hook(lambda _, __, output: maps.append(output)):
+    with branch.register_forward_hook(lambda *seen: maps.append(cast(Tensor, seen[2]))):
         inception(images)
     spatial = features.spatial.view(2, 17, 17, 7)
     torch.testing.assert_close(spatial[1, 3, 5], maps[0][1, :7, 3, 5])
