@@ -114,7 +114,7 @@ def recorded(request: pytest.FixtureRequest) -> Recorded:
 def test_a_step_has_the_recorded_loss_and_gradients(recorded: Recorded) -> None:
     (batch,) = recorded.batches(0, recorded.recipe.batch_size)
     assert batch.latents is not None
-    draws = recorded.objective.draw(batch.positions)
+    draws = recorded.objective.draw(batch.positions, (), torch.device("cpu"))
     assert 0 < draws.dropped.sum() < len(batch)
     model = recorded.learner.module
     loss = recorded.objective.loss(model, batch.latents, batch.class_labels, draws)
