@@ -186,8 +186,7 @@ def open_rae(
     if statistics is not None:
         decoder = rae.decoder.config
         shape = (decoder.latent_channels, decoder.grid, decoder.grid)
-        for name, value in read_statistics(statistics, shape)[0].items():
-            setattr(rae, name, value)
+        rae.latents_mean, rae.latents_var = read_statistics(statistics, shape)
     return config, rae
 
 
