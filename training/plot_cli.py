@@ -8,10 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rae.training.plots import draw_runs
-from rae.training.report import PLOT_FILE
-from rae.training.run_log import LOG_FILE
-
 
 def plot_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.")],
@@ -20,6 +16,10 @@ def plot_command(
     ] = None,
 ) -> None:
     """Draw loss, learning rate, speed and whatever else the runs' logs have."""
+    from rae.training.plots import draw_runs
+    from rae.training.report import PLOT_FILE
+    from rae.training.run_log import LOG_FILE
+
     logs = [run / LOG_FILE for run in runs]
     for log in logs:
         if not log.is_file():
