@@ -63,8 +63,9 @@ def test_inception_features(inception: InceptionFeatures) -> None:
     # TensorFlow's order: rows, columns, channels; after the ReLU.
     maps: list[Tensor] = []
     branch = inception.network.Mixed_6d.branch1x1
-    with branch.register_forward_hook(lambda _, __, output: maps.append(output)):
-        inception(images)
+    hook = branch.register_forward_hook(lambda *arguments: maps.append(arguments[2]))
+    inception(images)
+    hook.remove()
     spatial = features.spatial.view(2, 17, 17, 7)
     torch.testing.assert_close(spatial[1, 3, 5], maps[0][1, :7, 3, 5])
     assert spatial.min() == 0 and spatial.std() > 0.01

@@ -8,6 +8,7 @@ from typing import Self
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from PIL import Image
 from torch import Tensor
@@ -69,11 +70,9 @@ def colours(images: np.ndarray) -> Tensor:
 
 
 def distance_by_hand(made: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
-    import scipy.linalg
-
     ours = colours(made).numpy()
     mine = np.cov(ours.T)
-    root = scipy.linalg.sqrtm(mine @ covariance).real
+    root = np.real(np.asarray(scipy.linalg.sqrtm(mine @ covariance)))
     shift = ours.mean(0) - mean
     return shift @ shift + np.trace(mine + covariance - 2 * root)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def write_pngs(folder: Path, images: np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_an_npz_stored_or_compressed(tmp_path: Path, save: type[np.savez]) -> None:
+def test_an_npz_stored_or_compressed(tmp_path: Path, save: Callable[..., None]) -> None:
     images = random_images()
     save(tmp_path / "a.npz", labels=np.arange(7), arr_0=images)
     source = open_images(tmp_path / "a.npz")
