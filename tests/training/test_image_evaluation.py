@@ -25,6 +25,7 @@ from rae.training.image_evaluation import (
 from rae.training.image_sources import NpzImages
 from rae.training.measuring import evenly
 from rae.training.metrics import precision_recall, psnr_db
+from rae.training.perceptual import lpips_network
 from rae.training.reference import load_reference, write_statistics
 
 DIGITS = Path(__file__).parents[2] / "models" / "digits"
@@ -235,6 +236,35 @@ def test_reconstructions(digit_images: NpzImages) -> None:
     shown = evenly(20, 16)
     np.testing.assert_array_equal(result.pairs[:, 0], pixels[shown])
     np.testing.assert_array_equal(result.pairs[:, 1], rebuilt.permute(0, 2, 3, 1).numpy()[shown])
+
+
+def test_lpips_of_reconstructions_names_its_network(
+    digit_images: NpzImages, tmp_path: Path
+) -> None:
+    # AlexNet's convolutions: kernels, and channels out and in.
+    shapes = {
+        0: (64, 3, 11),
+        3: (192, 64, 5),
+        6: (384, 192, 3),
+        8: (256, 384, 3),
+        10: (256, 256, 3),
+    }
+    torch.manual_seed(0)
+    weights = {
+        f"features.{i}.weight": torch.randn(a, b, size, size) * (2 / (b * size**2)) ** 0.5
+        for i, (a, b, size) in shapes.items()
+    } | {f"features.{i}.bias": torch.zeros(shape[0]) for i, shape in shapes.items()}
+    torch.save(weights, tmp_path / "weights.pth")
+    network = lpips_network(tmp_path / "weights.pth")
+    _, rae = load_autoencoder(DIGITS)
+    result = evaluate_reconstruction(
+        digit_images, rae, MeanColour(), lpips=network, device=CPU, batch=8, track=track
+    )
+    originals = torch.tensor(next(digit_images.batches(20))).permute(0, 3, 1, 2)
+    first, second = (2 * (images / 255) - 1 for images in (rebuild(rae, originals), originals))
+    expected = network(first, second).mean().item()
+    assert result.report.figures["LPIPS (alex)"] == pytest.approx(expected, rel=1e-4)
+    assert expected > 1e-4
 
 
 def test_a_grid_of_pairs() -> None:
