@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,9 @@ class GivenDraws(FlowMatching):
     dropped: Tensor
     noise: Tensor
 
-    def draw(self, positions: Tensor, *_: object) -> StepDraws:
+    def draw(
+        self, positions: Tensor, latent_shape: Sequence[int], device: torch.device
+    ) -> StepDraws:
         return StepDraws(self.t[positions], self.dropped[positions], self.noise[positions])
 
 

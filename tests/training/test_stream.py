@@ -178,8 +178,8 @@ def test_workers_yield_what_none_yields(folder: Path) -> None:
     samples = ImageSamples(ImageFolder(folder), CenterCrop(16, flip=True))
     state = torch.get_rng_state()
     options = {"seed": 1, "batch_size": 8, "micro_batch": 4, "world": world(), "start_step": 3}
-    expected = list(islice(batches(samples, num_workers=0, **options), 9))  # type: ignore[arg-type]
-    found = list(islice(batches(samples, num_workers=2, **options), 9))  # type: ignore[arg-type]
+    expected = list(islice(batches(samples, num_workers=0, **options), 9))
+    found = list(islice(batches(samples, num_workers=2, **options), 9))
     for one, other in zip(expected, found, strict=True):
         assert one.images is not None and other.images is not None
         assert torch.equal(one.images, other.images)
