@@ -148,10 +148,6 @@ class EncoderFeatures(nn.Module):
         return Features(self.encoder((pixels - self.image_mean) / self.image_std).mean(1))
 
 
-def load_inception(path: Path) -> InceptionFeatures:
-    return InceptionFeatures(path).eval()
-
-
 def checkpoint_encoder(folder: Path, config: AutoencoderConfig, rae: RAE) -> EncoderFeatures:
     """The encoder of a loaded autoencoder, which lies in the checkpoint `folder`."""
     assert rae.encoder is not None

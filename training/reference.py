@@ -122,7 +122,8 @@ def cached(
     file = cache_folder() / "evaluation" / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
     if file.exists():
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            # numpy leaves a file open that it has opened and cannot read
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
                 return from_arrays(arrays)
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
             file.unlink(missing_ok=True)  # cut short by a full disk: it is made again
