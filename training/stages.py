@@ -65,6 +65,7 @@ def run_dit(settings: DiTSettings) -> None:
         recipe = override(preset_of(DIT_PRESETS, settings.preset), settings.changes or [])
         config, rae = open_rae(settings.rae, settings.statistics, settings.images is not None)
         samples, facts, classes = open_samples(settings, recipe)
+        require_encoder_of(config, samples)
         facts["rae"] = config.sha256[DECODER_FILE]
         begin(settings, recipe, facts, world)
         with closing(report_of(settings, recipe, world)) as report:
@@ -188,6 +189,17 @@ def open_rae(
         shape = (decoder.latent_channels, decoder.grid, decoder.grid)
         rae.latents_mean, rae.latents_var = read_statistics(statistics, shape)
     return config, rae
+
+
+def require_encoder_of(config: AutoencoderConfig, samples: Samples) -> None:
+    """Raises ValueError for latents that another encoder has made than the RAE's, as far as the
+    folder knows its own."""
+    if isinstance(samples, LatentShards):
+        made = samples.index.encoder.get("sha256", {})
+        for name, sha256 in made.items():
+            own = config.sha256.get(f"encoder/{name}", sha256)
+            if own != sha256:
+                raise ValueError(f"{samples.folder}: its encoder's {name} is not the RAE's")
 
 
 def open_samples(
