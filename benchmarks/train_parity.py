@@ -38,7 +38,8 @@ from rae.training.dit_dh import DiTTask, FlowMatching, StepDraws
 from rae.training.draws import generator
 from rae.training.learner import Learner
 from rae.training.losses import logit_normal_quantile
-from rae.training.presets import DIT_PRESETS, IMAGENET_IMAGES, DiTRecipe
+from rae.training.presets import DIT_PRESETS, DiTRecipe
+from rae.training.recipe import IMAGENET_IMAGES
 
 NUM_STEPS = 3
 FIRST_SEED = 2  # each step of 6 drops some labels and keeps some
