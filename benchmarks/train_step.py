@@ -12,6 +12,9 @@ its own; times are of whole steps after `--warm-up`, the loss read after each as
 - ours: DiTTask.train_step, random draws of each sample by its position; "ours compiled" compiles
   the blocks as `rae train dit --compile` does.
 
+- trials, where they are named: "whole" compiles all of the model at once; "aligned" pads the head's
+  odd hidden size, 5461, with zeros to a multiple of 8, which tensor cores ask of a matrix.
+
 Latents are given; with --encode a DINOv2-B with random weights makes them of 256 px images.
 `cpu_ms` is the time of this process's threads on processors, which a neighbour does not lengthen;
 `mfu` is of the device's datasheet where it is known; `of_matmul` is of one large product's rate,
@@ -26,13 +29,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from authors import AuthorsTrainer, add_clone, make_model
 from forward import machine
 from subjects import draw_weights
@@ -41,6 +45,7 @@ from torch import Tensor, nn
 from rae.models.config import DecoderConfig, DiTDHConfig, EncoderConfig
 from rae.models.dit import DiTConfig
 from rae.models.encoder import Encoder
+from rae.models.layers import SwiGLU
 from rae.models.published import NORMALISATION
 from rae.models.rae import RAE
 from rae.training.batch import Batch
@@ -56,6 +61,7 @@ from rae.training.run import compile_blocks
 from rae.training.stage2 import build, objective
 
 VARIANTS = ("authors", "authors compiled", "ours", "ours compiled")
+TRIALS = ("ours whole", "ours aligned", "ours compiled aligned", "ours whole aligned")
 RATIOS = {"faster": ("ours", "authors"), "faster_compiled": ("ours compiled", "authors compiled")}
 ENCODER_SIZE, IMAGE_SIZE = 224, 256
 Step = Callable[[int], float]
@@ -155,7 +161,27 @@ def authors_step(recipe: DiTRecipe, batch: Batch, precision: Precision, compiles
     return lambda _: trainer.step(encode(images), batch.class_labels)
 
 
-def our_step(recipe: DiTRecipe, batch: Batch, precision: Precision, compiles: bool) -> Step:
+class AlignedSwiGLU(SwiGLU):
+    """`SwiGLU` with zeros after its hidden units, which add nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.w3.in_features
+        padding = -hidden % 8
+        weight = F.pad(self.w12.weight.unflatten(0, (2, hidden)), (0, 0, 0, padding))
+        bias = F.pad(self.w12.bias.unflatten(0, (2, hidden)), (0, padding))
+        x1, x2 = F.linear(x, weight.flatten(0, 1), bias.flatten()).chunk(2, dim=-1)
+        return F.linear(F.silu(x1) * x2, F.pad(self.w3.weight, (0, padding)), self.w3.bias)
+
+
+def align(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, SwiGLU) and module.w3.in_features % 8:
+            module.__class__ = AlignedSwiGLU
+
+
+def our_step(
+    recipe: DiTRecipe, batch: Batch, precision: Precision, options: Collection[str]
+) -> tuple[DiTTask, Step]:
     device = batch.class_labels.device
     model = build(recipe.model, 0)
     model.load_state_dict(make_weights(recipe))
@@ -166,11 +192,28 @@ def our_step(recipe: DiTRecipe, batch: Batch, precision: Precision, compiles: bo
         recipe.lr_schedule(IMAGENET_IMAGES),
         ema_decay=recipe.ema_decay,
     )
-    if compiles:
+    if "aligned" in options:
+        align(learner.module)
+    if "compiled" in options:
         compile_blocks(learner.module)
+    if "whole" in options:
+        learner.module.compile(dynamic=False)
     rae = our_rae(recipe.model, batch.images is not None).to(device)
     task = DiTTask(learner, objective(recipe), rae, precision=precision)
-    return lambda step: task.train_step([batch], step)["loss"].item()
+    return task, lambda step: task.train_step([batch], step)["loss"].item()
+
+
+def draw_seconds(task: DiTTask, batch: Batch, device: torch.device) -> float:
+    """Of the random numbers of a batch, which are part of a step."""
+    shape = task.latents(batch).shape[1:]
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        task.objective.draw(batch.positions, shape, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -180,8 +223,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     set_matmul_precision(precision)
     recipe, device = DIT_PRESETS[args.model], args.device
     batch = example(recipe, args.batch, device, args.encode)
-    make = authors_step if variant.startswith("authors") else our_step
-    step = make(recipe, batch, precision, variant.endswith("compiled"))
+    who, *options = variant.split()
+    task = None
+    if who == "ours":
+        task, step = our_step(recipe, batch, precision, options)
+    else:
+        step = authors_step(recipe, batch, precision, "compiled" in options)
     times: list[float] = []
     cpu_times: list[float] = []
     loss = 0.0
@@ -192,11 +239,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
         cpu_times.append(time.process_time() - cpu_start)
+    memory = peak_memory(device)
     return {
         "seconds": times[args.warm_up :],
         "cpu_seconds": cpu_times[args.warm_up :],
-        "memory_gib": peak_memory(device) / 2**30,
+        "memory_gib": memory / 2**30,
         "matmul_flops": matmul_rate(device, precision),
+        "draw_seconds": draw_seconds(task, batch, device) if task else 0.0,
         "loss": loss,
     }
 
@@ -250,6 +299,7 @@ def summarise(rounds: list[dict[str, Any]], precision: Precision, args: Any) -> 
         "mfu": flops / peak if peak else None,
         "of_matmul": flops / max(one["matmul_flops"] for one in rounds),
         "memory_gib": round(max(one["memory_gib"] for one in rounds), 2),
+        "draw_ms": round(1000 * min(one["draw_seconds"] for one in rounds), 2),
         "loss": rounds[-1]["loss"],
     }
 
@@ -281,7 +331,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="DiTDH-S-256", choices=DIT_PRESETS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--precision", action="append", choices=get_args(Precision))
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="all, if none")
+    parser.add_argument(
+        "--variant", action="append", choices=VARIANTS + TRIALS, help="the first four, if none"
+    )
     parser.add_argument("--encode", action="store_true", help="of images, not of latents")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
