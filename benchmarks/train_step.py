@@ -352,7 +352,7 @@ def main() -> int:
     try:
         add_clone(args.upstream)
     except ImportError as error:
-        sys.exit(f"train_step: {args.upstream} is no clone that can run: {error}")
+        sys.exit(f"train_step: {args.upstream} is no clone of bytetriper/RAE that can run: {error}")
     if args.child:
         sys.stdout.write(f"\n{json.dumps(measure(args))}\n")
         return 0
