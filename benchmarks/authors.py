@@ -28,14 +28,14 @@ from rae.training.presets import DiTRecipe
 def add_clone(upstream: Path) -> None:
     """Make their modules importable. Raises ImportError where they cannot run."""
     sys.path.insert(0, str(upstream / "src"))
+    for name in ("stage2.models.DDT", "stage2.transport", "utils.optim_utils"):
+        import_module(name)
     try:
         import_module("omegaconf")
     except ModuleNotFoundError:  # reads YAML files for functions that are not called here
         stub = ModuleType("omegaconf")
         stub.__dict__.update(OmegaConf=None, DictConfig=object)
         sys.modules["omegaconf"] = stub
-    for name in ("stage2.models.DDT", "stage2.transport", "utils.optim_utils"):
-        import_module(name)
 
 
 def published_arguments(config: DiTDHConfig | DiTConfig) -> dict[str, Any]:

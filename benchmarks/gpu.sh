@@ -2,8 +2,8 @@
 # All that is checked and measured on a GPU, in an order that keeps the most if time runs out.
 #     benchmarks/gpu.sh OUT [PART ...]
 # Parts: kernels (against fp64), engine (graphs against eager calls), parity (recorded numbers), tune,
-# step, ops, forward, service (over HTTP, under load, with killed workers), throughput; of the last
-# one also by themselves: none, autoguidance, cfg (XL-256 by guidance), start, ablation, xl512,
+# step, ops, forward, training (steps of stage 2 against the authors'), service (over HTTP, under
+# load, with killed workers), throughput; of the last one also by themselves: none, autoguidance, cfg (XL-256 by guidance), start, ablation, xl512,
 # deterministic, compiled. Without a part all of them.
 #     UPSTREAM=DIR     a clone of bytetriper/RAE, to compare with
 #     CHECKPOINTS=DIR  where random weights stay between runs, 6 GB a model
@@ -32,6 +32,12 @@ throughput() {
     LIMIT=$((budget + 70)) run "$name" "$python" benchmarks/throughput.py --device cuda \
         --budget-s "$budget" --checkpoints "$checkpoints" --out "$out/$name" "${upstream[@]}" "$@"
 }
+# A size and flags.
+train_step() {
+    run "train-step-$1" "$python" benchmarks/train_step.py "${upstream[@]}" --device cuda --rounds 1 \
+        --model "DiTDH-$1-256" --steps 20 --warm-up 5 --precision tf32 --precision bf16 \
+        --json "$out/train-step-$1.json" "${@:2}"
+}
 part() {
     case $1 in
     kernels) run kernels "$python" -m pytest -p no:cacheprovider tests/kernels -x -q ;;
@@ -43,6 +49,13 @@ part() {
     forward)
         [[ -z ${UPSTREAM:-} ]] || run forward "$python" benchmarks/forward.py "${upstream[@]}" \
             --device cuda --batch 32 --json "$out/forward.json"
+        ;;
+    training)
+        [[ -n ${UPSTREAM:-} ]] || return 0
+        run train-parity "$python" benchmarks/train_parity.py "${upstream[@]}" --device cuda \
+            --json "$out/train-parity.json"
+        LIMIT=550 train_step S --batch 128
+        LIMIT=550 train_step XL --batch 64
         ;;
     service)
         LIMIT=300 run over-http "$python" benchmarks/over_http.py --device cuda --model DiTDH-XL-256 \
@@ -64,7 +77,7 @@ part() {
     esac
 }
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
-for each in "${@:-kernels engine parity tune step ops forward service throughput}"; do
+for each in "${@:-kernels engine parity tune step ops forward training service throughput}"; do
     # shellcheck disable=SC2086 # the default is a list
     for name in $each; do part "$name"; done
 done

@@ -372,7 +372,9 @@ def main() -> int:
     try:
         add_clone(args.upstream)
     except ImportError as error:
-        sys.exit(f"train_parity: {args.upstream} is no clone that can run: {error}")
+        sys.exit(
+            f"train_parity: {args.upstream} is no clone of bytetriper/RAE that can run: {error}"
+        )
     if args.record:
         for name, config in RECORDED.items():
             record(name, config, args.record)

@@ -49,18 +49,16 @@ class FlowMatching:
         self, positions: Tensor, latent_shape: Sequence[int], device: torch.device
     ) -> StepDraws:
         """Of each sample by its position (B,) alone, fp32."""
-        drawn = [
-            (
-                torch.rand(2, generator=g, device=device),
-                torch.randn(*latent_shape, generator=g, device=device),
-            )
-            for g in generators(device, self.seed, positions, DRAWS)
-        ]
-        uniform = torch.stack([pair for pair, _ in drawn])
+        uniform = torch.empty(len(positions), 2, device=device)
+        noise = torch.empty(len(positions), *latent_shape, device=device)
+        # In place: a stack of 256 × 768 × 16 × 16 is 6 % of the draws' time (CPU).
+        for index, rng in enumerate(generators(device, self.seed, positions, DRAWS)):
+            uniform[index].uniform_(generator=rng)
+            noise[index].normal_(generator=rng)
         return StepDraws(
             t=shift_time(logit_normal_quantile(uniform[:, 0]), self.shift),
             dropped=uniform[:, 1] < self.class_dropout_prob,
-            noise=torch.stack([noise for _, noise in drawn]),
+            noise=noise,
         )
 
     def loss(
