@@ -57,7 +57,7 @@ class Settings:
     """Steps of the decoders and, at most, of the DiT^DH that is judged `early`."""
 
     copies: int = 8
-    steps: int = 800
+    steps: int = 600
     batch_size: int = 128
     early: tuple[int, ...] = (150, 300)
     per_class: int = 50
@@ -166,15 +166,17 @@ def draw(figures: Figures, path: Path) -> None:
     rows = figures["decoded"]
     names = list(dict.fromkeys(row["sampler"] for row in rows))
     for place, tau in enumerate(figures["held_out"]):
-        heights = [row["frechet"] for row in rows if row["tau"] == tau]
-        read = [row["recognised"] for row in rows if row["tau"] == tau]
+        found = [row for row in rows if row["tau"] == tau]
         where = [index + 0.4 * place - 0.2 for index in range(len(names))]
+        heights = [row["frechet"] for row in found]
         bars = right.bar(where, heights, 0.38, color=f"C{place}", label=f"decoder with τ = {tau}")
-        right.bar_label(bars, [f"{value:.0%}" for value in read], fontsize=9)
+        texts = [f"{row['frechet']:.3f}\n{row['recognised']:.1%}" for row in found]
+        right.bar_label(bars, texts, fontsize=8)
     right.set_xticks(range(len(names)), names)
     right.set(xlabel=pretty("DiT^DH that made the samples"), ylabel="Fréchet distance (encoder)")
-    right.set_title("Samples; above the bars: recognised", fontsize=10)
-    right.legend(frameon=False)
+    right.set_title("Samples: distance, and how many are recognised", fontsize=10)
+    right.legend(frameon=False, loc="upper right")
+    right.margins(y=0.15)
     for axes in (left, middle, right):
         polish(axes)
     save(figure, path)
