@@ -158,11 +158,10 @@ def measure(quick: bool) -> Figures:
 def draw(figures: Figures, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained", dpi=85)
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(14, 4.2), layout="constrained", dpi=80)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(3, 3, 4))
     draw_noised(left, figures["held_out"], "psnr_db", "PSNR of held-out digits (dB)")
     draw_noised(middle, figures["held_out"], "recognised", "held-out digits recognised")
-    middle.set_ylim(0, 1.02)
     rows = figures["decoded"]
     names = list(dict.fromkeys(row["sampler"] for row in rows))
     for place, tau in enumerate(figures["held_out"]):
@@ -177,8 +176,7 @@ def draw(figures: Figures, path: Path) -> None:
     right.set_title("Samples: distance, and how many are recognised", fontsize=10)
     right.legend(frameon=False, loc="upper right")
     right.margins(y=0.15)
-    for axes in (left, middle, right):
-        polish(axes)
+    polish(right)
     save(figure, path)
 
 
@@ -189,6 +187,9 @@ def draw_noised(axes: Axes, held_out: dict[str, list[Figures]], name: str, label
         axes.plot(SIGMAS, values, color=f"C{place}", marker="o")
         ends.append((SIGMAS[-1], values[-1], f"τ = {tau}", f"C{place}"))
     axes.set(xlabel="σ of the noise on the latents", ylabel=label, xlim=(-0.03, SIGMAS[-1]))
+    if name == "recognised":
+        axes.set_ylim(0, 1.02)
+    polish(axes)
     label_ends(axes, ends)
 
 
