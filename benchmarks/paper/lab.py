@@ -270,7 +270,8 @@ def machine() -> Figures:
     from machine_facts import commit, cpu_name
 
     return {
-        "device": f"{torch.get_num_threads()} core of {cpu_name()}",
+        "device": cpu_name(),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit(),
         "date": date.today().isoformat(),

@@ -57,7 +57,7 @@ class Settings:
     """Steps of the decoders and, at most, of the DiT^DH that is judged `early`."""
 
     copies: int = 8
-    steps: int = 800
+    steps: int = 600
     batch_size: int = 128
     early: tuple[int, ...] = (150, 300)
     per_class: int = 50
@@ -158,25 +158,25 @@ def measure(quick: bool) -> Figures:
 def draw(figures: Figures, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained", dpi=85)
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(14, 4.2), layout="constrained", dpi=80)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(3, 3, 4))
     draw_noised(left, figures["held_out"], "psnr_db", "PSNR of held-out digits (dB)")
     draw_noised(middle, figures["held_out"], "recognised", "held-out digits recognised")
-    middle.set_ylim(0, 1.02)
     rows = figures["decoded"]
     names = list(dict.fromkeys(row["sampler"] for row in rows))
     for place, tau in enumerate(figures["held_out"]):
-        heights = [row["frechet"] for row in rows if row["tau"] == tau]
-        read = [row["recognised"] for row in rows if row["tau"] == tau]
+        found = [row for row in rows if row["tau"] == tau]
         where = [index + 0.4 * place - 0.2 for index in range(len(names))]
+        heights = [row["frechet"] for row in found]
         bars = right.bar(where, heights, 0.38, color=f"C{place}", label=f"decoder with τ = {tau}")
-        right.bar_label(bars, [f"{value:.0%}" for value in read], fontsize=9)
+        texts = [f"{row['frechet']:.3f}\n{row['recognised']:.1%}" for row in found]
+        right.bar_label(bars, texts, fontsize=8)
     right.set_xticks(range(len(names)), names)
     right.set(xlabel=pretty("DiT^DH that made the samples"), ylabel="Fréchet distance (encoder)")
-    right.set_title("Samples; above the bars: recognised", fontsize=10)
-    right.legend(frameon=False)
-    for axes in (left, middle, right):
-        polish(axes)
+    right.set_title("Samples: distance, and how many are recognised", fontsize=10)
+    right.legend(frameon=False, loc="upper right")
+    right.margins(y=0.15)
+    polish(right)
     save(figure, path)
 
 
@@ -187,6 +187,9 @@ def draw_noised(axes: Axes, held_out: dict[str, list[Figures]], name: str, label
         axes.plot(SIGMAS, values, color=f"C{place}", marker="o")
         ends.append((SIGMAS[-1], values[-1], f"τ = {tau}", f"C{place}"))
     axes.set(xlabel="σ of the noise on the latents", ylabel=label, xlim=(-0.03, SIGMAS[-1]))
+    if name == "recognised":
+        axes.set_ylim(0, 1.02)
+    polish(axes)
     label_ends(axes, ends)
 
 

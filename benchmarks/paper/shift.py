@@ -31,7 +31,7 @@ from lab import (
 from rae.models.config import DiTDHConfig
 from rae.models.sampling import default_shift
 
-PLAN = Plan(steps=1000, batch_size=128, lr=2e-3)
+PLAN = Plan(steps=800, batch_size=128, lr=2e-3)
 SHIFTS = (1.0, 3.0)
 SEEDS = (0, 1)
 JUDGED_AT = (0.2, 0.4, 0.7, 1.0)

@@ -43,7 +43,7 @@ from rae.training.dit_dh import DiTTask
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PLAN = Plan(steps=1000, batch_size=32, lr=2e-3, class_dropout_prob=0, precision="fp32")
+PLAN = Plan(steps=800, batch_size=32, lr=2e-3, class_dropout_prob=0, precision="fp32")
 CHANNELS = 96
 WIDTHS = (32, 64, 80, 96, 128, 192)
 DEPTH, DEEP = 2, 6
