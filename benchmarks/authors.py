@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rae.models.config import DiTDHConfig
 from rae.models.dit import DiTConfig
-from rae.training.dit_dh import StepDraws
 from rae.training.precision import Precision
-from rae.training.presets import DiTRecipe
+from rae.training.stage2.dit_dh import StepDraws
+from rae.training.stage2.presets import DiTRecipe
 
 
 def add_clone(upstream: Path) -> None:

@@ -36,7 +36,7 @@ from rae.models.parity import (
 from rae.models.rae import RAE
 from rae.models.sampling import default_shift, shift_time, timesteps
 from rae.models.tensor_files import load_strictly, read_tensors
-from rae.training.losses import interpolate, logit_normal_quantile, velocity_loss
+from rae.training.stage2.losses import interpolate, logit_normal_quantile, velocity_loss
 
 M = TypeVar("M", bound=nn.Module)
 

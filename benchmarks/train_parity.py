@@ -34,12 +34,12 @@ from rae.models.dit_dh import DiTDH
 from rae.models.rae import RAE
 from rae.training.batch import Batch
 from rae.training.distributed import World
-from rae.training.dit_dh import DiTTask, FlowMatching, StepDraws
 from rae.training.draws import generator
 from rae.training.learner import Learner
-from rae.training.losses import logit_normal_quantile
-from rae.training.presets import DIT_PRESETS, DiTRecipe
 from rae.training.recipe import IMAGENET_IMAGES
+from rae.training.stage2.dit_dh import DiTTask, FlowMatching, StepDraws
+from rae.training.stage2.losses import logit_normal_quantile
+from rae.training.stage2.presets import DIT_PRESETS, DiTRecipe
 
 NUM_STEPS = 3
 FIRST_SEED = 2  # each step of 6 drops some labels and keeps some

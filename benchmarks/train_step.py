@@ -50,15 +50,15 @@ from rae.models.published import NORMALISATION
 from rae.models.rae import RAE
 from rae.training.batch import Batch
 from rae.training.distributed import World
-from rae.training.dit_dh import DiTTask
-from rae.training.flops import model_flops
-from rae.training.gpus import peak_flops
 from rae.training.learner import Learner
+from rae.training.planning.flops import model_flops
+from rae.training.planning.gpus import peak_flops
 from rae.training.precision import Precision, set_matmul_precision
-from rae.training.presets import DIT_PRESETS, DiTRecipe
 from rae.training.recipe import IMAGENET_IMAGES
 from rae.training.run import compile_blocks
-from rae.training.stage2 import build, objective
+from rae.training.stage2.dit_dh import DiTTask
+from rae.training.stage2.presets import DIT_PRESETS, DiTRecipe
+from rae.training.stage2.run_dit import build, objective
 
 VARIANTS = ("authors", "authors compiled", "ours", "ours compiled")
 TRIALS = ("ours whole", "ours aligned", "ours compiled aligned", "ours whole aligned")
@@ -137,7 +137,7 @@ def authors_step(recipe: DiTRecipe, batch: Batch, precision: Precision, compiles
     device = batch.class_labels.device
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=torch.distributed.HashStore(),
+        store=torch.distributed.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
         rank=0,
         world_size=1,
     )
@@ -266,7 +266,7 @@ def matmul_rate(device: torch.device, precision: Precision) -> float:
     best = float("inf")
     for _ in range(10):
         start = time.perf_counter()
-        a @ b
+        torch.matmul(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)

@@ -15,7 +15,7 @@ from rae.models.dit_dh import DiTDH
 from rae.models.labels import imagenet_classes
 from rae.models.rae import RAE
 from rae.models.verify import record_fingerprints
-from rae.training.presets import DiTRecipe
+from rae.training.stage2.presets import DiTRecipe
 
 
 def class_names(names: Sequence[str], num_classes: int) -> tuple[str, ...]:

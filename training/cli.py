@@ -6,7 +6,12 @@ from typing import Any
 
 import typer
 
-from rae.training import data_cli, digits_cli, eval_cli, plan_cli, plot_cli, stage_cli
+from rae.training import stage_cli
+from rae.training.data import data_cli
+from rae.training.digits import digits_cli
+from rae.training.evaluation import eval_cli
+from rae.training.planning import plan_cli
+from rae.training.reports import plot_cli
 
 OPTIONS: Any = {"no_args_is_help": True, "add_completion": False}
 train_app = typer.Typer(help="Train a model and write its checkpoint folder.", **OPTIONS)

@@ -18,7 +18,7 @@ from rae.training.run_settings import RunSettings
 from rae.training.trainer import TrainerConfig
 
 if TYPE_CHECKING:
-    from rae.training.samples import Samples
+    from rae.training.data.samples import Samples
 
 RECIPE_FILE = "recipe.json"
 
@@ -50,7 +50,7 @@ def step_batches(
 
     Raises ValueError for a batch that the processes and the micro-batch do not divide.
     """
-    from rae.training.stream import batches
+    from rae.training.data.stream import batches
 
     micro_batch = settings.micro_batch or max(1, batch_size // world.size)
     one_by_one = batches(

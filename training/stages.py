@@ -20,24 +20,24 @@ from rae.models.encoder import load_encoder
 from rae.models.published import NORMALISATION
 from rae.models.rae import RAE
 from rae.training.assemble import assemble_autoencoder, assemble_checkpoint
-from rae.training.decoder_recipe import DECODER_PRESETS, DecoderRecipe
+from rae.training.data.image_data import ImageSource, fingerprint, open_dataset
+from rae.training.data.latent_shards import LatentShards
+from rae.training.data.samples import ImageSamples, Samples
+from rae.training.data.stats import read_statistics
+from rae.training.data.transforms import CenterCrop, RandomCrop
 from rae.training.distributed import World, joined
-from rae.training.flops import model_flops
-from rae.training.gpus import world_peak_flops
-from rae.training.image_data import ImageSource, fingerprint, open_dataset
-from rae.training.latent_shards import LatentShards
 from rae.training.overrides import override
-from rae.training.presets import DIT_PRESETS, DiTRecipe
+from rae.training.planning.flops import model_flops
+from rae.training.planning.gpus import world_peak_flops
 from rae.training.recipe import Recipe, preset_of
-from rae.training.report import Report, Silent
+from rae.training.reports.report import Report, Silent
+from rae.training.reports.trackers import TensorBoard, Tracker, WeightsAndBiases
 from rae.training.run import claim
 from rae.training.run_settings import AssembleSettings, DecoderSettings, DiTSettings, RunSettings
-from rae.training.samples import ImageSamples, Samples
-from rae.training.stage1 import train_decoder
-from rae.training.stage2 import load_averages, train_dit, trained
-from rae.training.stats import read_statistics
-from rae.training.trackers import TensorBoard, Tracker, WeightsAndBiases
-from rae.training.transforms import CenterCrop, RandomCrop
+from rae.training.stage1.decoder_recipe import DECODER_PRESETS, DecoderRecipe
+from rae.training.stage1.run_decoder import train_decoder
+from rae.training.stage2.presets import DIT_PRESETS, DiTRecipe
+from rae.training.stage2.run_dit import load_averages, train_dit, trained
 
 RUN = re.compile(r"(.+?)(?:@(\d+))?")
 INTERRUPTED = 130

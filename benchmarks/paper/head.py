@@ -37,7 +37,7 @@ from torch import Tensor
 
 from rae.models.config import DiTDHConfig
 from rae.models.dit import DiTConfig
-from rae.training.dit_dh import DiTTask
+from rae.training.stage2.dit_dh import DiTTask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

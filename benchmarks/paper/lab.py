@@ -26,16 +26,22 @@ from rae.models.dit_dh import DiTDH
 from rae.models.rae import RAE
 from rae.models.sampling import VelocityModel, denoise, draw_noise, timesteps, to_uint8
 from rae.training.batch import Batch
-from rae.training.digits_data import Digits, random_transforms, render, split_digits, to_scans
-from rae.training.digits_judge import BATCH, Judge, decode, protocol_labels
+from rae.training.digits.digits_data import (
+    Digits,
+    random_transforms,
+    render,
+    split_digits,
+    to_scans,
+)
+from rae.training.digits.digits_judge import BATCH, Judge, decode, protocol_labels
 from rae.training.distributed import World
-from rae.training.dit_dh import DiTTask, FlowMatching
 from rae.training.draws import generator
-from rae.training.flops import model_flops
-from rae.training.frechet import Gaussian, Moments, frechet_distance
+from rae.training.evaluation.frechet import Gaussian, Moments, frechet_distance
 from rae.training.learner import AdamWConfig, Learner
 from rae.training.lr_schedule import LRSchedule
+from rae.training.planning.flops import model_flops
 from rae.training.precision import Precision
+from rae.training.stage2.dit_dh import DiTTask, FlowMatching
 from rae.training.trainer import Task
 
 if TYPE_CHECKING:

@@ -37,12 +37,12 @@ from torch import Tensor
 from rae.models.config import EncoderConfig
 from rae.models.decoder import Decoder
 from rae.models.rae import RAE
-from rae.training.build_decoder import build_decoder_task
-from rae.training.decoder_recipe import DecoderRecipe
-from rae.training.digits_judge import decode, psnr_db
+from rae.training.digits.digits_judge import decode, psnr_db
 from rae.training.distributed import World
 from rae.training.draws import generator
-from rae.training.frechet import frechet_distance
+from rae.training.evaluation.frechet import frechet_distance
+from rae.training.stage1.build_decoder import build_decoder_task
+from rae.training.stage1.decoder_recipe import DecoderRecipe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from rae.models.layers import SwiGLU
-from rae.training.flops import model_flops
-from rae.training.presets import DIT_PRESETS
+from rae.training.planning.flops import model_flops
+from rae.training.stage2.presets import DIT_PRESETS
 
 ROOT = Path(__file__).parents[2]
 

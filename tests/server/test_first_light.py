@@ -21,8 +21,8 @@ from rae.models.checkpoint import load_checkpoint
 from rae.server.request import ImageSpec
 from rae.server.runner import Runner, RunnerOptions
 from rae.server.settings import Precision, embedded_model
-from rae.training.digits_data import split_digits, to_scans
-from rae.training.digits_judge import Judge
+from rae.training.digits.digits_data import split_digits, to_scans
+from rae.training.digits.digits_judge import Judge
 
 Serve = Callable[..., AbstractContextManager[tuple[str, subprocess.Popen[bytes]]]]
 TIMEOUT_S = 100

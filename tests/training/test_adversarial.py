@@ -7,7 +7,7 @@ import torch
 
 from rae.models.config import DecoderConfig
 from rae.models.decoder import Decoder
-from rae.training.adversarial import (
+from rae.training.stage1.adversarial import (
     adaptive_weight,
     discriminator_loss,
     generator_loss,

@@ -11,9 +11,9 @@ import torch
 
 from rae.models.config import DecoderConfig, EncoderConfig
 from rae.models.rae import RAE
-from rae.training.build_decoder import build_adversary, build_objective, build_perceptual
-from rae.training.decoder_recipe import DECODER_PRESETS, DecoderRecipe
 from rae.training.distributed import World
+from rae.training.stage1.build_decoder import build_adversary, build_objective, build_perceptual
+from rae.training.stage1.decoder_recipe import DECODER_PRESETS, DecoderRecipe
 
 ALONE = World(0, 1, torch.device("cpu"))
 TINY = DecoderConfig(

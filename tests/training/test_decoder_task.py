@@ -17,19 +17,19 @@ from rae.models.config import DecoderConfig, EncoderConfig
 from rae.models.encoder import Encoder
 from rae.models.rae import RAE
 from rae.training.batch import Batch
-from rae.training.build_decoder import build_decoder_task
-from rae.training.decoder import (
+from rae.training.distributed import World
+from rae.training.draws import generator
+from rae.training.stage1.build_decoder import build_decoder_task
+from rae.training.stage1.decoder import (
     AUGMENT_FAKE,
     AUGMENT_GENERATED,
     AUGMENT_REAL,
     NOISE,
     DecoderTask,
 )
-from rae.training.decoder_recipe import DecoderRecipe
-from rae.training.diff_augment import diff_augment
-from rae.training.distributed import World
-from rae.training.draws import generator
-from rae.training.features import EncoderFeatures
+from rae.training.stage1.decoder_recipe import DecoderRecipe
+from rae.training.stage1.diff_augment import diff_augment
+from rae.training.stage1.features import EncoderFeatures
 
 ALONE = World(0, 1, torch.device("cpu"))
 SEED = 5

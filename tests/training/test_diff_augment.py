@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rae.training.diff_augment import diff_augment, draw_augmentation
+from rae.training.stage1.diff_augment import diff_augment, draw_augmentation
 
 NEUTRAL = (0.5, 0.5, 0.5, 0.5, 0.5)  # no move, brightness + 0, saturation × 1, contrast × 1
 

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from sklearn.datasets import load_digits
 
-from rae.training.digits_data import random_transforms, render, split_digits, to_scans
+from rae.training.digits.digits_data import random_transforms, render, split_digits, to_scans
 
 
 def test_split_is_fixed_complete_and_disjoint() -> None:

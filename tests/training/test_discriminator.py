@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rae.training.discriminator import DiscriminatorHeads, Head
+from rae.training.stage1.discriminator import DiscriminatorHeads, Head
 
 
 def random_heads(num_maps: int = 2, channels: int = 6) -> DiscriminatorHeads:

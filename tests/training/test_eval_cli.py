@@ -91,5 +91,5 @@ def test_where_nothing_can_be_written_nothing_is_measured(folder: Path, option: 
 
 
 def test_the_commands_load_without_torch() -> None:
-    code = "import sys, rae.training.eval_cli; assert 'torch' not in sys.modules"
+    code = "import sys, rae.training.evaluation.eval_cli; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rae.training.digits_data import Digits, render, split_digits, to_scans
-from rae.training.digits_judge import (
+from rae.training.digits.digits_data import Digits, render, split_digits, to_scans
+from rae.training.digits.digits_judge import (
     Criterion,
     Judge,
     nearest_distance,

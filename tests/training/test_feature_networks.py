@@ -15,10 +15,10 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from rae.models.checkpoint import load_autoencoder
 from rae.models.published import NORMALISATION
-from rae.training.feature_networks import InceptionFeatures, load_encoder_features
-from rae.training.frechet import Gaussian
-from rae.training.image_evaluation import evaluate_samples, figure_name
-from rae.training.image_sources import NpzImages
+from rae.training.evaluation.feature_networks import InceptionFeatures, load_encoder_features
+from rae.training.evaluation.frechet import Gaussian
+from rae.training.evaluation.image_evaluation import evaluate_samples, figure_name
+from rae.training.evaluation.image_sources import NpzImages
 
 DIGITS = Path(__file__).parents[2] / "models" / "digits"
 CPU = torch.device("cpu")
@@ -83,7 +83,7 @@ def test_statistics_on_inception_are_torch_fidelitys(
         seen.append((first, second))
         return float(len(seen))
 
-    monkeypatch.setattr("rae.training.image_evaluation.frechet_distance", distance)
+    monkeypatch.setattr("rae.training.evaluation.image_evaluation.frechet_distance", distance)
     report = evaluate_samples(
         NpzImages(tmp_path / "made.npz"),
         tmp_path / "real.npz",

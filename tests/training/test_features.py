@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rae.models.checkpoint_config import CheckpointError
-from rae.training.features import DinoFeatures, build_dino, load_dino
+from rae.training.stage1.features import DinoFeatures, build_dino, load_dino
 
 DIM, HEADS = 8, 2
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rae.models.config import CONFIGS, DECODER_CONFIGS, DecoderConfig, DiTDHConfig, EncoderConfig
 from rae.models.dit import DiTConfig
 from rae.models.encoder import Encoder
-from rae.training.flops import (
+from rae.training.planning.flops import (
     DINO,
     ENCODERS,
     Flops,
@@ -30,7 +30,7 @@ from rae.training.flops import (
     num_parameters,
     on_meta,
 )
-from rae.training.presets import DIGITS
+from rae.training.stage2.presets import DIGITS
 
 NUM = 3
 

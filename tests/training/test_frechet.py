@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from rae.training.frechet import Gaussian, Moments, frechet_distance
+from rae.training.evaluation.frechet import Gaussian, Moments, frechet_distance
 
 
 def features(num: int, dim: int, seed: int) -> Tensor:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from rae.training.image_data import ImageFolder, fingerprint, open_dataset
-from rae.training.tar_shards import TarShards
+from rae.training.data.image_data import ImageFolder, fingerprint, open_dataset
+from rae.training.data.tar_shards import TarShards
 
 
 def fill(root: Path, *names: str) -> Path:

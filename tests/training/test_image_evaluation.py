@@ -14,19 +14,19 @@ from PIL import Image
 from torch import Tensor
 
 from rae.models.checkpoint import load_autoencoder
-from rae.training.feature_networks import Features, load_encoder_features
-from rae.training.image_evaluation import (
+from rae.training.evaluation.feature_networks import Features, load_encoder_features
+from rae.training.evaluation.image_evaluation import (
     Report,
     evaluate_reconstruction,
     evaluate_samples,
     pair_grid,
     rebuild,
 )
-from rae.training.image_sources import NpzImages
-from rae.training.measuring import evenly
-from rae.training.metrics import precision_recall, psnr_db
-from rae.training.perceptual import lpips_network
-from rae.training.reference import load_reference, write_statistics
+from rae.training.evaluation.image_sources import NpzImages
+from rae.training.evaluation.measuring import evenly
+from rae.training.evaluation.metrics import precision_recall, psnr_db
+from rae.training.evaluation.reference import load_reference, write_statistics
+from rae.training.stage1.perceptual import lpips_network
 
 DIGITS = Path(__file__).parents[2] / "models" / "digits"
 CPU = torch.device("cpu")
@@ -207,7 +207,7 @@ def test_evenly_chosen_rows() -> None:
 @pytest.fixture(scope="module")
 def digit_images(tmp_path_factory: pytest.TempPathFactory) -> NpzImages:
     from rae.models.sampling import to_uint8
-    from rae.training.digits_data import render, split_digits
+    from rae.training.digits.digits_data import render, split_digits
 
     _, held_out = split_digits()
     images = to_uint8(render(held_out.scans[:20])).permute(0, 2, 3, 1)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from rae.models.reconstruct import center_crop
-from rae.training.image_sources import DatasetImages, NpzImages, open_images
+from rae.training.evaluation.image_sources import DatasetImages, NpzImages, open_images
 
 
 def random_images(num: int = 7, size: int = 8) -> np.ndarray:

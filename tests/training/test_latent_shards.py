@@ -23,13 +23,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rae.training.data.encode import encode_dataset
+from rae.training.data.image_data import ImageFolder
+from rae.training.data.latent_shards import LatentIndex, LatentShards
+from rae.training.data.samples import ImageSamples
+from rae.training.data.stream import batches
+from rae.training.data.transforms import CenterCrop
 from rae.training.distributed import World
-from rae.training.encode import encode_dataset
-from rae.training.image_data import ImageFolder
-from rae.training.latent_shards import LatentIndex, LatentShards
-from rae.training.samples import ImageSamples
-from rae.training.stream import batches
-from rae.training.transforms import CenterCrop
 
 WORLD = World(0, 1, torch.device("cpu"))
 BROKEN = 7
@@ -147,11 +147,11 @@ import sys, time, torch
 from pathlib import Path
 from torch import nn
 from rae.training.distributed import World
-from rae.training.encode import encode_dataset
-from rae.training.image_data import ImageFolder
-from rae.training.latent_shards import LatentIndex
-from rae.training.samples import ImageSamples
-from rae.training.transforms import CenterCrop
+from rae.training.data.encode import encode_dataset
+from rae.training.data.image_data import ImageFolder
+from rae.training.data.latent_shards import LatentIndex
+from rae.training.data.samples import ImageSamples
+from rae.training.data.transforms import CenterCrop
 
 class Pool(nn.Module):
     latent_shape = (3, 4, 4)

@@ -19,14 +19,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from rae.models.checkpoint import load_autoencoder
-from rae.training import data_cli
-from rae.training.image_data import ImageFolder
-from rae.training.image_encoder import load_image_encoder
-from rae.training.latent_shards import LatentShards
-from rae.training.samples import ImageSamples
-from rae.training.stats import LatentStatistics, read_statistics, write_statistics
-from rae.training.tensor_writing import read_facts
-from rae.training.transforms import CenterCrop
+from rae.training.data import data_cli
+from rae.training.data.image_data import ImageFolder
+from rae.training.data.image_encoder import load_image_encoder
+from rae.training.data.latent_shards import LatentShards
+from rae.training.data.samples import ImageSamples
+from rae.training.data.stats import LatentStatistics, read_statistics, write_statistics
+from rae.training.data.tensor_writing import read_facts
+from rae.training.data.transforms import CenterCrop
 
 DIGITS = Path(data_cli.__file__).parent.parent / "models" / "digits"
 SHAPE = (96, 4, 4)
@@ -129,7 +129,7 @@ def test_two_processes_make_the_same(folder: Path, latents: Tensor, tmp_path: Pa
     for name in ("index.json", "shard-00000.safetensors", "shard-00003.safetensors"):
         (two / name).unlink()  # 2 and the half: one process has 3 whole and missing ones
     script = f"""
-from rae.training.data_cli import encode, stats
+from rae.training.data.data_cli import encode, stats
 from pathlib import Path
 folder, tmp_path = Path({str(folder)!r}), Path({str(tmp_path)!r})
 encoder = Path({str(DIGITS)!r})

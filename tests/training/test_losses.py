@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rae.training.losses import interpolate, logit_normal_quantile, sample_times, velocity_loss
+from rae.training.stage2.losses import (
+    interpolate,
+    logit_normal_quantile,
+    sample_times,
+    velocity_loss,
+)
 
 
 def test_quantiles_are_those_of_a_truncated_normal_through_a_sigmoid() -> None:

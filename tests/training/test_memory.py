@@ -15,8 +15,8 @@ from rae.models.config import DecoderConfig, DiTDHConfig
 from rae.models.decoder import Decoder
 from rae.models.dit import DiT, DiTConfig
 from rae.models.dit_dh import DiTDH
-from rae.training.flops import ModelConfig, ViTShape, num_parameters
-from rae.training.memory import (
+from rae.training.planning.flops import ModelConfig, ViTShape, num_parameters
+from rae.training.planning.memory import (
     activation_bytes,
     frozen_vit_bytes,
     lpips_bytes,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rae.training.metrics import inception_score, precision_recall, psnr_db, ssim
+from rae.training.evaluation.metrics import inception_score, precision_recall, psnr_db, ssim
 
 
 def test_inception_score_of_certain_predictions_is_the_number_of_classes() -> None:
@@ -52,7 +52,7 @@ def test_precision_and_recall_do_not_depend_on_the_batch(monkeypatch: pytest.Mon
     expected = (torch.cdist(first, second) <= radii).any(1).float().mean().item()
     whole = precision_recall(first, second)
     assert whole[0] == pytest.approx(expected) and 0.2 < expected < 0.9
-    monkeypatch.setattr("rae.training.metrics.DISTANCES", 60 * 7)
+    monkeypatch.setattr("rae.training.evaluation.metrics.DISTANCES", 60 * 7)
     assert precision_recall(first, second) == pytest.approx(whole)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rae.training.overrides import differences, override
-from rae.training.presets import DIT_PRESETS
+from rae.training.stage2.presets import DIT_PRESETS
 
 XL = DIT_PRESETS["DiTDH-XL-256"]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae.models.checkpoint_config import CheckpointError
-from rae.training.perceptual import encoder_distance, load_lpips
+from rae.training.stage1.perceptual import encoder_distance, load_lpips
 
 CPU = torch.device("cpu")
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))

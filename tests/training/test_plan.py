@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from rae.training.flops import (
+from rae.training.planning.flops import (
     DINO,
     ENCODERS,
     discriminator_flops,
@@ -16,9 +16,9 @@ from rae.training.flops import (
     lpips_flops,
     model_flops,
 )
-from rae.training.gpus import GPUS, find_gpu, peak_flops
-from rae.training.plan import Cluster, Plan, presets
-from rae.training.plan_cli import plan_command
+from rae.training.planning.gpus import GPUS, find_gpu, peak_flops
+from rae.training.planning.plan import Cluster, Plan, presets
+from rae.training.planning.plan_cli import plan_command
 
 H200 = Cluster(gpu_name="NVIDIA H200", gpu=GPUS["NVIDIA H200"], num_gpus=8)
 

@@ -11,9 +11,9 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from rae.training.grid import make_grid, save_grid
-from rae.training.plot_cli import plot_command
-from rae.training.plots import (
+from rae.training.reports.grid import make_grid, save_grid
+from rae.training.reports.plot_cli import plot_command
+from rae.training.reports.plots import (
     COLOURS,
     curves,
     draw_runs,

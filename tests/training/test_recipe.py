@@ -10,10 +10,10 @@ import torch
 
 from rae.models.config import CONFIGS
 from rae.training.lr_schedule import LRSchedule
-from rae.training.presets import DIT_PRESETS
 from rae.training.recipe import IMAGENET_IMAGES, preset_of
 from rae.training.run import claim, compile_blocks
-from rae.training.stage2 import build, read_recipe
+from rae.training.stage2.presets import DIT_PRESETS
+from rae.training.stage2.run_dit import build, read_recipe
 
 XL = DIT_PRESETS["DiTDH-XL-256"]
 

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from rae.training import gpus
-from rae.training.display import Row, duration
 from rae.training.distributed import World
-from rae.training.report import Report, Silent, Speed
-from rae.training.run_log import RunLog, read_log
+from rae.training.planning import gpus
+from rae.training.reports.display import Row, duration
+from rae.training.reports.report import Report, Silent, Speed
+from rae.training.reports.run_log import RunLog, read_log
 from rae.training.trainer import Report as TrainersReport
 
 

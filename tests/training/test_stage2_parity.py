@@ -19,9 +19,9 @@ from rae.models.dit_dh import DiTDH
 from rae.models.rae import RAE
 from rae.training.batch import Batch
 from rae.training.distributed import World
-from rae.training.dit_dh import DiTTask, FlowMatching, StepDraws
 from rae.training.learner import Learner
-from rae.training.presets import DIT_PRESETS, DiTRecipe
+from rae.training.stage2.dit_dh import DiTTask, FlowMatching, StepDraws
+from rae.training.stage2.presets import DIT_PRESETS, DiTRecipe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NUM_STEPS = 3

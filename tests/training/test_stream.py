@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 
 from rae.training.batch import Batch
+from rae.training.data.image_data import ImageFolder
+from rae.training.data.samples import ImageSamples, Sample
+from rae.training.data.stream import MAX_IN_A_ROW, batches, permutation, sweep
+from rae.training.data.transforms import CenterCrop, UnreadableError
 from rae.training.distributed import World
 from rae.training.draws import mix
-from rae.training.image_data import ImageFolder
-from rae.training.samples import ImageSamples, Sample
-from rae.training.stream import MAX_IN_A_ROW, batches, permutation, sweep
-from rae.training.transforms import CenterCrop, UnreadableError
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,10 @@ READER = """
 import sys, torch
 from pathlib import Path
 from rae.training.distributed import World
-from rae.training.image_data import ImageFolder
-from rae.training.samples import ImageSamples
-from rae.training.stream import batches
-from rae.training.transforms import CenterCrop
+from rae.training.data.image_data import ImageFolder
+from rae.training.data.samples import ImageSamples
+from rae.training.data.stream import batches
+from rae.training.data.transforms import CenterCrop
 
 if __name__ == "__main__":
     samples = ImageSamples(ImageFolder(Path(sys.argv[1])), CenterCrop(16))

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from rae.training.display import Row
-from rae.training.report import Report
-from rae.training.trackers import TensorBoard, Tracker, WeightsAndBiases
+from rae.training.reports.display import Row
+from rae.training.reports.report import Report
+from rae.training.reports.trackers import TensorBoard, Tracker, WeightsAndBiases
 
 
 def run(tracker: Tracker, start: int, end: int) -> None:

@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 from rae.models.checkpoint import load_checkpoint
 from rae.models.checkpoint_config import read_config
 from rae.models.tensor_files import file_sha256
-from rae.training import cli, digits_judge
-from rae.training.digits import DigitsRecipe, train_digits
-from rae.training.digits_data import render, split_digits
-from rae.training.digits_judge import judge_checkpoint, psnr_db
+from rae.training import cli
+from rae.training.digits import digits_judge
+from rae.training.digits.digits_data import render, split_digits
+from rae.training.digits.digits_judge import judge_checkpoint, psnr_db
+from rae.training.digits.pipeline import DigitsRecipe, train_digits
 from rae.training.distributed import World
-from rae.training.grid import save_grid
-from rae.training.report import Silent
+from rae.training.reports.grid import save_grid
+from rae.training.reports.report import Silent
 from rae.training.run_settings import RunSettings
 
 ALONE = World(0, 1, torch.device("cpu"))

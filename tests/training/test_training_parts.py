@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import ViTMAEConfig
 
-from rae.training.dit_dh import FlowMatching
+from rae.training.data.stats import LatentStatistics
+from rae.training.digits.encoder_mae import build_mae
 from rae.training.draws import mix
 from rae.training.ema import EMA
-from rae.training.encoder_mae import build_mae
-from rae.training.stats import LatentStatistics
+from rae.training.stage2.dit_dh import FlowMatching
 
 
 @pytest.mark.parametrize("sizes", [[1000], [1, 999], [7, 300, 1, 692], [1] * 1000])

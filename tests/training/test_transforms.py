@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, Resize
 
-from rae.training.transforms import CenterCrop, RandomCrop, UnreadableError, decode
+from rae.training.data.transforms import CenterCrop, RandomCrop, UnreadableError, decode
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -23,11 +23,11 @@ from rae.models.dit_dh import DiTDH
 from rae.models.rae import RAE
 from rae.training.batch import Batch
 from rae.training.distributed import World, joined
-from rae.training.dit_dh import DiTTask, FlowMatching
 from rae.training.draws import generator
 from rae.training.learner import AdamWConfig, Learner
 from rae.training.lr_schedule import LRSchedule
 from rae.training.run_settings import Strategy
+from rae.training.stage2.dit_dh import DiTTask, FlowMatching
 from rae.training.trainer import Trainer, TrainerConfig
 
 BATCH = 16

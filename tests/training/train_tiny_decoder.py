@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from rae.models.config import DecoderConfig
 from rae.models.rae import RAE
 from rae.training.batch import Batch
-from rae.training.decoder import Adversary, DecoderObjective, DecoderTask
-from rae.training.discriminator import DiscriminatorHeads
 from rae.training.distributed import Strategy, World, joined
 from rae.training.draws import generator
 from rae.training.learner import AdamWConfig, Learner
 from rae.training.lr_schedule import LRSchedule
+from rae.training.stage1.decoder import Adversary, DecoderObjective, DecoderTask
+from rae.training.stage1.discriminator import DiscriminatorHeads
 
 BATCH = 8
 STEPS = 3

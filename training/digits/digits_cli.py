@@ -1,0 +1,116 @@
+"""`rae train digits` and `rae eval digits`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rae.training.run_settings import RunSettings
+from rae.training.stage_cli import clear_errors
+
+if TYPE_CHECKING:
+    from rae.training.digits.digits_judge import Criterion
+    from rae.training.reports.report import Report
+
+EMBEDDED = Path(__file__).parents[2] / "models" / "digits"
+
+console = Console()
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of all stages; OUT/checkpoint is the model.")],
+    seed: Annotated[int, typer.Option(help="Of weights, augmentation and noise.")] = 0,
+    bf16: Annotated[
+        bool, typer.Option(help="bfloat16 matmuls: twice as fast where the CPU has them.")
+    ] = True,
+) -> None:
+    """Train the embedded model of handwritten digits: encoder, decoder, DiT^DH and guide.
+
+    Started again after an interruption it goes on.
+    """
+    from rae.training.digits.pipeline import DigitsRecipe, train_digits
+    from rae.training.distributed import joined
+    from rae.training.reports.report import Report
+    from rae.training.stages import INTERRUPTED
+
+    settings = RunSettings(
+        out=out,
+        precision="bf16" if bf16 else "fp32",
+        num_workers=0,
+        log_every=50,
+        sample_every=1000,
+        snapshot_every=500,
+    )
+    with clear_errors(), joined() as world, ExitStack() as reports:
+
+        def make_report(name: str, folder: Path) -> Report:
+            console.print(name)
+            return reports.enter_context(closing(Report(folder, console=console)))
+
+        if not train_digits(out, DigitsRecipe(seed=seed), settings, world, make_report):
+            console.print("Stopped, and saved: the same command goes on.")
+            raise typer.Exit(INTERRUPTED)
+    checkpoint = out / "checkpoint"
+    console.print(f"Wrote {checkpoint}. Measure it: rae eval digits --checkpoint {checkpoint}")
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint folder.")] = EMBEDDED,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here as well.")
+    ] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="Only write a PNG of 8 digits per class, twice as large.")
+    ] = None,
+) -> None:
+    """Generate 1,000 digits and hold them against the real ones; exit 1 below a bound."""
+    from rae.models.checkpoint import load_checkpoint
+    from rae.models.checkpoint_config import CheckpointError
+    from rae.training.digits.digits_judge import (
+        SAMPLES_PER_CLASS,
+        generate_default,
+        judge_checkpoint,
+        protocol_labels,
+    )
+    from rae.training.reports.grid import save_grid
+
+    for file in (json_file, grid):
+        if file is not None and not file.parent.is_dir():
+            raise typer.BadParameter(f"{file.parent} is not a folder")
+    try:
+        loaded = load_checkpoint(checkpoint, with_encoder=grid is None)
+    except CheckpointError as error:
+        raise typer.BadParameter(str(error), param_hint="--checkpoint") from None
+    if grid is not None:
+        labels = protocol_labels(len(loaded.config.classes), SAMPLES_PER_CLASS)
+        save_grid(
+            generate_default(loaded, labels), SAMPLES_PER_CLASS, grid, scale=2, num_colours=64
+        )
+        return
+    with console.status("Generating 1,000 digits with each guidance: minutes on 2 cores"):
+        try:
+            criteria = judge_checkpoint(loaded)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--checkpoint") from None
+    console.print(table(criteria))
+    if json_file is not None:
+        figures = [criterion.to_dict() for criterion in criteria]
+        json_file.write_text(json.dumps({"sha256": loaded.sha256, "criteria": figures}, indent=1))
+    if any(criterion.passed is False for criterion in criteria):
+        raise typer.Exit(1)
+
+
+def table(criteria: list[Criterion]) -> Table:
+    result = Table("figure", "value", "at least", "")
+    for item in criteria:
+        digits = 1 if item.unit else 3
+        bound = "" if item.bound is None else f"{item.bound:.{digits}f} {item.unit}"
+        verdict = {None: "", True: "[green]pass", False: "[red]fail"}[item.passed]
+        result.add_row(item.name, f"{item.value:.{digits}f} {item.unit}", bound, verdict)
+    return result

@@ -1,0 +1,186 @@
+"""A run of stage 2, from a recipe and data to the averaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rae.models.config import DiTDHConfig, from_dict
+from rae.models.dit import DiT, DiTConfig
+from rae.models.dit_dh import DiTDH
+from rae.models.rae import RAE
+from rae.models.sampling import denoise, draw_noise, timesteps
+from rae.training.data.samples import Samples
+from rae.training.distributed import World
+from rae.training.learner import Learner
+from rae.training.precision import set_matmul_precision
+from rae.training.run import compile_blocks, read_claim, step_batches, trainer_config
+from rae.training.run_settings import RunSettings
+from rae.training.snapshots import Snapshots
+from rae.training.stage2.dit_dh import DiTTask, FlowMatching
+from rae.training.stage2.presets import DiTRecipe
+from rae.training.trainer import Report, Trainer
+
+NAME = "dit"
+SAMPLES, SAMPLE_STEPS = 32, 50
+
+
+def build(config: DiTDHConfig | DiTConfig, seed: int) -> DiTDH | DiT:
+    """With the published initialisation."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DiTDH(config) if isinstance(config, DiTDHConfig) else DiT(config)
+        model.init_weights()
+    return model
+
+
+def objective(recipe: DiTRecipe) -> FlowMatching:
+    model = recipe.model
+    return FlowMatching(
+        shift=recipe.time_shift,
+        null_label=model.null_label,
+        class_dropout_prob=model.class_dropout_prob,
+        seed=recipe.seed,
+    )
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The published sampler without guidance; image i has seed i, classes are spread evenly."""
+
+    recipe: DiTRecipe
+    rae: RAE
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1], on the CPU."""
+        config = self.recipe.model
+        labels = torch.arange(SAMPLES) * config.num_classes // SAMPLES
+        latents = denoise(
+            module,
+            draw_noise(config.latent_shape, range(SAMPLES)).to(self.device),
+            labels.to(self.device),
+            timesteps(SAMPLE_STEPS, self.recipe.time_shift).to(self.device),
+        )
+        return self.rae.decode(latents).clamp(0, 1).cpu()
+
+
+def train_dit(
+    recipe: DiTRecipe,
+    samples: Samples,
+    rae: RAE,
+    settings: RunSettings,
+    world: World,
+    report: Report,
+) -> dict[str, Tensor] | None:
+    """The averaged weights, in the first process; None where a signal has ended the run, to be
+    gone on with.
+
+    `rae` encodes where `samples` are images.
+    Raises ValueError where data, RAE and model do not fit, DivergedError, OSError.
+    """
+    require_fit(recipe, samples, rae)
+    set_matmul_precision(settings.precision)
+    rae = rae.to(world.device)
+    learner = Learner[nn.Module](
+        build(recipe.model, recipe.seed),
+        world,
+        recipe.adamw,
+        recipe.lr_schedule(len(samples)),
+        ema_decay=recipe.ema_decay,
+        ema_rises=recipe.ema_rises,
+        strategy=settings.strategy,
+    )
+    if settings.compile:
+        compile_blocks(learner.module)
+    task = DiTTask(
+        learner,
+        objective(recipe),
+        rae,
+        precision=settings.precision,
+        draw_samples=Sampler(recipe, rae, world.device),
+    )
+    trainer = Trainer(
+        task,
+        lambda start: step_batches(
+            samples,
+            settings,
+            world,
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+            start_step=start,
+        ),
+        trainer_config(
+            settings,
+            recipe.num_steps(len(samples)),
+            [recipe.steps(epoch, len(samples)) for epoch in recipe.milestone_epochs],
+        ),
+        world,
+        settings.out,
+        report,
+    )
+    return learner.averages() if trainer.run() else None
+
+
+def require_fit(recipe: DiTRecipe, samples: Samples, rae: RAE) -> None:
+    """Raises ValueError."""
+    model, decoder = recipe.model, rae.decoder.config
+    made = (decoder.latent_channels, decoder.grid, decoder.grid)
+    if model.latent_shape != made:
+        raise ValueError(f"the RAE's latents are {made}, the model takes {model.latent_shape}")
+    if samples.num_classes > model.num_classes:
+        raise ValueError(
+            f"the data have {samples.num_classes} classes, the model has {model.num_classes}: "
+            f"--set model.num_classes={samples.num_classes}"
+        )
+    if samples.field == "images":
+        if rae.encoder is None:
+            raise ValueError("images are to be encoded, and the RAE has no encoder")
+        if recipe.image_size != decoder.image_size:
+            raise ValueError(
+                f"image_size {recipe.image_size}; the RAE's images have {decoder.image_size}"
+            )
+
+
+def read_recipe(run: Path) -> DiTRecipe:
+    """Of a run's folder. Raises ValueError."""
+    values = dict(read_claim(run)["recipe"])
+    kind = DiTDHConfig if "head_hidden_size" in values["model"] else DiTConfig
+    values["model"] = from_dict(kind, values["model"])
+    for name in ("betas", "milestone_epochs"):
+        values[name] = tuple(values[name])
+    return from_dict(DiTRecipe, values)
+
+
+def load_averages(run: Path, step: int | None = None) -> tuple[DiTRecipe, DiTDH | DiT, int]:
+    """The recipe, the model with its averaged weights, and the step of a run's snapshot, the last
+    or that of `step`. Raises ValueError for a run without it."""
+    recipe = read_recipe(run)
+    world = World(0, 1, torch.device("cpu"))
+    learner = Learner[nn.Module](
+        build(recipe.model, recipe.seed),
+        world,
+        recipe.adamw,
+        recipe.lr_schedule(recipe.batch_size),
+        ema_decay=recipe.ema_decay,
+    )
+    snapshots = Snapshots(run / "snapshots", {NAME: learner}, world)
+    steps = snapshots.steps()
+    if not steps or (step is not None and step not in steps):
+        found = ", ".join(map(str, steps)) or "none"
+        raise ValueError(f"{run} has no snapshot of step {step}; there are: {found}")
+    step = steps[-1] if step is None else step
+    snapshots.load(step)
+    return recipe, trained(recipe, learner.averages()), step
+
+
+def trained(recipe: DiTRecipe, weights: Mapping[str, Tensor]) -> DiTDH | DiT:
+    """The model with these weights, in eval mode."""
+    model = build(recipe.model, recipe.seed)
+    model.load_state_dict(weights)
+    return model.eval()
