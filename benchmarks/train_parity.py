@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -84,7 +84,7 @@ SUBJECTS: dict[str, Config] = {
 
 
 # An epoch is a step, and the rate falls at the third.
-SHORT = {"epochs": 3.0, "constant_epochs": 1.0, "ema_decay": 0.9}
+SHORT: dict[str, Any] = {"epochs": 3.0, "constant_epochs": 1.0, "ema_decay": 0.9}
 
 
 class Sample(NamedTuple):
@@ -112,7 +112,9 @@ class GivenDraws(FlowMatching):
 
     steps: list[StepDraws]
 
-    def draw(self, *_: object) -> StepDraws:
+    def draw(
+        self, positions: Tensor, latent_shape: Sequence[int], device: torch.device
+    ) -> StepDraws:
         return self.steps.pop(0)
 
 
