@@ -28,6 +28,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection
 from functools import partial
@@ -137,7 +138,7 @@ def authors_step(recipe: DiTRecipe, batch: Batch, precision: Precision, compiles
     device = batch.class_labels.device
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=torch.distributed.HashStore(),  # pyright: ignore[reportPrivateImportUsage]
+        init_method=f"file://{tempfile.mkdtemp()}/store",
         rank=0,
         world_size=1,
     )
@@ -266,7 +267,7 @@ def matmul_rate(device: torch.device, precision: Precision) -> float:
     best = float("inf")
     for _ in range(10):
         start = time.perf_counter()
-        torch.matmul(a, b)
+        torch.mm(a, b)
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)

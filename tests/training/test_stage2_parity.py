@@ -25,6 +25,7 @@ from rae.training.stage2.presets import DIT_PRESETS, DiTRecipe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NUM_STEPS = 3
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Recorded:
         model.load_state_dict(self.those("weights"))
         self.learner = Learner[nn.Module](
             model,
-            World(0, 1, torch.device("cpu")),
+            World(0, 1, CPU),
             self.recipe.adamw,
             self.recipe.lr_schedule(self.recipe.batch_size),
             ema_decay=self.recipe.ema_decay,
@@ -114,7 +115,7 @@ def recorded(request: pytest.FixtureRequest) -> Recorded:
 def test_a_step_has_the_recorded_loss_and_gradients(recorded: Recorded) -> None:
     (batch,) = recorded.batches(0, recorded.recipe.batch_size)
     assert batch.latents is not None
-    draws = recorded.objective.draw(batch.positions, (), torch.device("cpu"))
+    draws = recorded.objective.draw(batch.positions, batch.latents.shape[1:], CPU)
     assert 0 < draws.dropped.sum() < len(batch)
     model = recorded.learner.module
     loss = recorded.objective.loss(model, batch.latents, batch.class_labels, draws)
@@ -153,7 +154,7 @@ def test_times_of_positions_have_the_recorded_quantiles() -> None:
     objective = FlowMatching(
         shift=recipe.time_shift, null_label=1000, class_dropout_prob=0.1, seed=0
     )
-    draws = objective.draw(torch.arange(50_000), (1,), torch.device("cpu"))
+    draws = objective.draw(torch.arange(50_000), (1,), CPU)
     quantiles = torch.quantile(draws.t, recorded["q"])
     torch.testing.assert_close(quantiles, recorded["t_shifted"], rtol=0.01, atol=1e-3)
     assert draws.t.mean().item() == pytest.approx(float(recorded["mean_shifted"]), abs=3e-3)
