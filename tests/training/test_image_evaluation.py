@@ -168,7 +168,9 @@ def test_a_folders_images_are_cropped_to_the_samples_size(tmp_path: Path) -> Non
 
 def test_written_statistics_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("reference", "measuring"):
-        monkeypatch.setattr(f"rae.training.{module}.MAX_REFERENCE_IMAGES", 4, raising=False)
+        monkeypatch.setattr(
+            f"rae.training.evaluation.{module}.MAX_REFERENCE_IMAGES", 4, raising=False
+        )
     made = save_images(tmp_path / "made.npz", 10, 0)
     real = save_images(tmp_path / "data.npz", 10, 1)
     out, source = tmp_path / "real.npz", NpzImages(tmp_path / "data.npz")

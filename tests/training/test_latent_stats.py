@@ -28,7 +28,7 @@ from rae.training.data.stats import LatentStatistics, read_statistics, write_sta
 from rae.training.data.tensor_writing import read_facts
 from rae.training.data.transforms import CenterCrop
 
-DIGITS = Path(data_cli.__file__).parent.parent / "models" / "digits"
+DIGITS = Path(data_cli.__file__).parents[2] / "models" / "digits"
 SHAPE = (96, 4, 4)
 
 app = typer.Typer()

@@ -78,6 +78,7 @@ def test_weights_follow_from_the_seed_and_leave_torchs_generator_alone() -> None
     assert not torch.equal(first["s_embedder.proj.weight"], other["s_embedder.proj.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_blocks_give_the_same_numbers() -> None:
     config = replace(DIT_PRESETS["digits-guide"].model, depth=1)

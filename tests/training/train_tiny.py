@@ -1,9 +1,9 @@
 """A run of stage 2 on made-up latents, as one process of several or alone; tests start it.
 
-    train_tiny.py FOLDER [--steps 5] [--micro-batch 8] [--accumulate 1] [--strategy ddp] …
+    train_tiny.py FOLDER [--steps 5] [--micro-batch 8] [--accumulate 1] [--strategies ddp fsdp] …
 
-Every step has the 16 samples of its positions, whatever the processes; FOLDER/weights.safetensors
-has the weights and averages at the end.
+Every step has the 16 samples of its positions, whatever the processes; FOLDER/ddp is a run, and
+FOLDER/ddp/weights.safetensors has its weights and averages at the end.
 """
 
 from __future__ import annotations
@@ -132,28 +132,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--micro-batch", type=int, default=BATCH)
     parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--strategy", default="ddp")
+    parser.add_argument("--strategies", nargs="+", default=["ddp"])
     parser.add_argument("--snapshot-every", type=int, default=1000)
     parser.add_argument("--sleep", type=float, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with joined("cpu") as world:
-        learner = make_learner(world, args.strategy)
-        config = TrainerConfig(
-            num_steps=args.steps, log_every=1, snapshot_every=args.snapshot_every
-        )
-        trainer = Trainer(
-            make_task(learner),
-            lambda start: batches(start, world, args.micro_batch, args.accumulate, args.sleep),
-            config,
-            world,
-            args.folder,
-            Lines(),
-        )
-        done = trainer.run()
-        final = weights(learner)
-        if done and world.is_first:
-            save_file(final, args.folder / "weights.safetensors")
+        for strategy in args.strategies:
+            run(args, world, strategy, args.folder / strategy)
+
+
+def run(args: argparse.Namespace, world: World, strategy: Strategy, folder: Path) -> None:
+    learner = make_learner(world, strategy)
+    config = TrainerConfig(num_steps=args.steps, log_every=1, snapshot_every=args.snapshot_every)
+    trainer = Trainer(
+        make_task(learner),
+        lambda start: batches(start, world, args.micro_batch, args.accumulate, args.sleep),
+        config,
+        world,
+        folder,
+        Lines(),
+    )
+    done = trainer.run()
+    final = weights(learner)
+    if done and world.is_first:
+        save_file(final, folder / "weights.safetensors")
 
 
 if __name__ == "__main__":
