@@ -6,7 +6,8 @@ ROOMS := $(wildcard server kernels models training)
 # As the `rae` command sets it; server/cli.py says why.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: install serve test test-slow kernels-compile bench soak gpu check wheel image clean typecheck-links
+.PHONY: install serve test test-slow kernels-compile bench paper soak gpu check wheel image clean \
+    typecheck-links
 
 install: .venv/.installed
 
@@ -45,6 +46,17 @@ kernels-compile: .venv/.installed .venv-triton3.6/.installed
 # The embedded digits here, or what ARGS say: benchmarks/throughput.py --help.
 bench: .venv/.installed
 	$(BIN)/python benchmarks/throughput.py --out out/throughput $(ARGS)
+
+# The paper's four claims on the digits: docs/paper.md. An hour. Does it run?
+# make paper ARGS=--quick CLAIMS=out/paper CLAIM_PLOTS=out/paper
+CLAIMS ?= benchmarks/results/cpu/paper
+CLAIM_PLOTS ?= docs/paper
+paper: .venv/.installed
+	@for claim in width shift noise head; do \
+	    echo "== $$claim"; \
+	    $(BIN)/python benchmarks/paper/$$claim.py $(ARGS) \
+	        --json $(CLAIMS)/$$claim.json --plot $(CLAIM_PLOTS)/$$claim.png || exit 1; \
+	done
 
 # The service under load and chaos, two hours of it, each part on servers of its own. Shorter:
 # make soak SECONDS=20 HOUR=300 CLIENTS=500 KILLS=5 STOPS=4 CASES=500; MODEL= a checkpoint folder.

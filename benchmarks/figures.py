@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes  # type: ignore[import-not-found]
+    from matplotlib.axes import Axes
 
 COLUMNS = "part arm batch images_per_s ms_per_step decode_ms of_the_peak of_the_linears".split()
 COLUMNS += "ours_over_it peak_gib turns error model method cfg steps precision".split()
@@ -36,7 +36,7 @@ class Figures:
     def plot(self) -> None:
         """A PNG of the sweep and one of the ablation; one line says so without matplotlib."""
         try:
-            from matplotlib.figure import Figure  # type: ignore[import-not-found]
+            from matplotlib.figure import Figure
         except ImportError as error:
             sys.stderr.write(f"throughput: no plots, they need matplotlib: {error}\n")
             return

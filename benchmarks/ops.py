@@ -128,7 +128,7 @@ def better(timed: dict[str, Row], rivals: tuple[str, ...]) -> float | None:
 
 def plot(rows: list[Row], op: str, path: Path) -> None:
     """Bars of p50 by shape. Raises ImportError without matplotlib."""
-    from matplotlib.figure import Figure  # type: ignore[import-not-found]
+    from matplotlib.figure import Figure
 
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))

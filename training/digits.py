@@ -193,7 +193,8 @@ def encode(
 ) -> LatentShards:
     encoder = rae.encoder
     assert encoder is not None
-    facts = {"sha256": file_sha256(folder.parent / "encoder" / "vit" / "model.safetensors")}
+    weights = folder.parent / "encoder" / "vit" / "model.safetensors"
+    facts = {"sha256": {weights.name: file_sha256(weights)}}
     index = LatentIndex(
         latent_shape=encoder.latent_shape,
         image_size=IMAGE_SIZE,

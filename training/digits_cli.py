@@ -89,7 +89,9 @@ def evaluate(
         raise typer.BadParameter(str(error), param_hint="--checkpoint") from None
     if grid is not None:
         labels = protocol_labels(len(loaded.config.classes), SAMPLES_PER_CLASS)
-        save_grid(generate_default(loaded, labels), SAMPLES_PER_CLASS, grid, scale=2)
+        save_grid(
+            generate_default(loaded, labels), SAMPLES_PER_CLASS, grid, scale=2, num_colours=64
+        )
         return
     with console.status("Generating 1,000 digits with each guidance: minutes on 2 cores"):
         try:

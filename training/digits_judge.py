@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from sklearn.svm import SVC
 from torch import Tensor
 
@@ -164,15 +162,6 @@ def decode(rae: RAE, latents: Tensor) -> Tensor:
 def protocol_labels(num_classes: int, per_class: int = PER_CLASS) -> Tensor:
     """Class by class; image i has seed i."""
     return torch.arange(num_classes).repeat_interleave(per_class)
-
-
-def save_grid(images: Tensor, columns: int, path: Path, scale: int = 1) -> None:
-    """Write images (N, 3, H, W) in [0, 1] as one PNG of 64 colours, `columns` a row;
-    each pixel enlarged to scale × scale."""
-    rows = to_uint8(images).unflatten(0, (-1, columns))  # (rows, columns, 3, H, W)
-    sheet = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    sheet = sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    Image.fromarray(sheet.numpy()).quantize(64).save(path, optimize=True)
 
 
 def judge_checkpoint(checkpoint: Checkpoint, *, per_class: int = PER_CLASS) -> list[Criterion]:

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 
     from rae.training.feature_networks import FeatureNetwork
     from rae.training.image_evaluation import Report
-    from rae.training.image_sources import Images
     from rae.training.measuring import Track
-
-evaluations = typer.Typer()
 
 Inception = Annotated[
     Path | None,
@@ -41,7 +38,6 @@ Batch = Annotated[int, typer.Option(min=1, help="Images at a time.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")]
 
 
-@evaluations.command()
 def samples(
     images: Annotated[Path, typer.Argument(help="An .npz of `rae sample` or ADM, or a folder.")],
     reference: Annotated[
@@ -59,6 +55,7 @@ def samples(
 ) -> None:
     """Hold generated images against real ones: FID, sFID, IS, precision and recall."""
     from rae.training.image_evaluation import evaluate_samples
+    from rae.training.image_sources import open_images
 
     require_folder_of(json_file)
     with one_line_errors(), progress() as (track, console):
@@ -70,7 +67,6 @@ def samples(
     show(report, console, json_file, samples=str(images), reference=str(reference))
 
 
-@evaluations.command()
 def reconstruction(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, with its encoder.")],
     data: Annotated[
@@ -96,7 +92,8 @@ def reconstruction(
     from rae.models.checkpoint import load_autoencoder
     from rae.training.feature_networks import checkpoint_encoder
     from rae.training.image_evaluation import evaluate_reconstruction, pair_grid
-    from rae.training.metrics import load_lpips
+    from rae.training.image_sources import open_images
+    from rae.training.perceptual import lpips_network
 
     for file in (json_file, grid):
         require_folder_of(file)
@@ -111,7 +108,7 @@ def reconstruction(
             open_images(data, config.decoder.image_size),
             rae.to(target),
             network.to(target),
-            lpips=load_lpips(lpips).to(target) if lpips else None,
+            lpips=lpips_network(lpips).to(target) if lpips else None,
             device=target,
             batch=batch,
             track=track,
@@ -121,7 +118,6 @@ def reconstruction(
     show(result.report, console, json_file, checkpoint=str(checkpoint), data=str(data))
 
 
-@evaluations.command()
 def stats(
     data: Annotated[Path, typer.Argument(help="A folder of images, or an .npz of them.")],
     out: Annotated[Path, typer.Option(help="The .npz to write, as ADM's evaluator reads it.")],
@@ -134,6 +130,7 @@ def stats(
     batch: Batch = 64,
 ) -> None:
     """Write a reference .npz: statistics of all images, and up to 10,000 of the images."""
+    from rae.training.image_sources import open_images
     from rae.training.reference import write_statistics
 
     require_folder_of(out)
@@ -167,20 +164,6 @@ def find_network(inception: Path | None, encoder: Path | None) -> FeatureNetwork
         f"an FID wants --inception FILE, {INCEPTION_SOURCES}; without that file, --encoder "
         "FOLDER gives the Fréchet distance on an encoder's features"
     )
-
-
-def open_images(path: Path, size: int | None = None) -> Images:
-    """An .npz, whose images have `size` where it is given, or a folder's, cropped to it."""
-    from rae.training.image_sources import FolderImages, NpzImages
-
-    if path.is_dir():
-        return FolderImages(path, size)
-    images = NpzImages(path)
-    if size is not None and (images.height, images.width) != (size, size):
-        raise ValueError(
-            f"{path} has images of {images.width} × {images.height} px; wanted are {size} × {size}"
-        )
-    return images
 
 
 def find_device(name: str) -> torch.device:

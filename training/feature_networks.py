@@ -72,7 +72,8 @@ class InceptionFeatures(nn.Module):
     order, `logits` are those without the bias: what ADM's evaluator reads.
     """
 
-    dim, spatial_dim = 2048, SPATIAL_CHANNELS * 17 * 17
+    dim: int = 2048
+    spatial_dim: int | None = SPATIAL_CHANNELS * 17 * 17
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError for a file that is absent or holds other tensors."""
@@ -115,7 +116,8 @@ class EncoderFeatures(nn.Module):
     Images are resized as `RAE.encode` does, bicubic without antialias.
     """
 
-    is_fid, spatial_dim = False, None
+    is_fid: bool = False
+    spatial_dim: int | None = None
     image_mean: Tensor
     image_std: Tensor
 
@@ -144,10 +146,6 @@ class EncoderFeatures(nn.Module):
         if tuple(pixels.shape[-2:]) != size:
             pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False)
         return Features(self.encoder((pixels - self.image_mean) / self.image_std).mean(1))
-
-
-def load_inception(path: Path) -> InceptionFeatures:
-    return InceptionFeatures(path).eval()
 
 
 def checkpoint_encoder(folder: Path, config: AutoencoderConfig, rae: RAE) -> EncoderFeatures:

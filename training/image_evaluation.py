@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from rae.models.rae import RAE
 from rae.models.sampling import to_uint8
@@ -28,6 +28,9 @@ from rae.training.measuring import (
 )
 from rae.training.metrics import inception_score, precision_recall, psnr_db, ssim
 from rae.training.reference import load_reference
+
+if TYPE_CHECKING:
+    from lpips import LPIPS
 
 FID_IMAGES = 50_000
 GRID_PAIRS = 16
@@ -146,7 +149,7 @@ def evaluate_reconstruction(
     rae: RAE,
     network: FeatureNetwork,
     *,
-    lpips: nn.Module | None,
+    lpips: LPIPS | None,
     device: torch.device,
     batch: int,
     track: Track,
@@ -196,14 +199,14 @@ def rebuild(rae: RAE, images: Tensor) -> Tensor:
 
 
 def pairwise(
-    rebuilt: Tensor, originals: Tensor, lpips: nn.Module | None
+    rebuilt: Tensor, originals: Tensor, lpips: LPIPS | None
 ) -> Iterator[tuple[str, Tensor]]:
     """Figures (B,) of two images uint8 each."""
     first, second = rebuilt.float() / 255, originals.float() / 255
     yield "PSNR, dB", psnr_db(first, second)
     yield "SSIM", ssim(first, second)
     if lpips is not None:
-        yield "LPIPS", lpips(2 * first - 1, 2 * second - 1).flatten()
+        yield f"LPIPS ({lpips.pnet_type})", lpips(2 * first - 1, 2 * second - 1).flatten()
 
 
 def to_pixels(image: Tensor) -> np.ndarray:

@@ -1,23 +1,25 @@
-"""Images to be measured: the .npz of ADM's samplers, read as a stream, or a folder of files."""
+"""Images to be measured: the .npz of ADM's samplers, read as a stream, or a data set."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Protocol
 
 import numpy as np
 from PIL import Image
 
-from rae.models.reconstruct import read_picture
+from rae.models.reconstruct import center_crop
+from rae.training.image_data import open_dataset
+from rae.training.transforms import UnreadableError, decode
 
 IMAGES = "arr_0"
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
@@ -91,60 +93,93 @@ class NpzImages:
             raise ValueError(
                 f"{self.path}: {IMAGES} is {dtype} {shape}{order}; images are uint8 (N, H, W, 3)"
             )
-        return shape
+        return shape[0], shape[1], shape[2], 3
 
 
-class FolderImages:
-    """The image files below a folder, in the order of their paths, cropped as in ADM to `size`.
+class DatasetImages:
+    """The images of a data set, as `open_dataset` finds them, cropped as in ADM to `size`.
 
-    Without a size the first file's is taken, and another one is refused. Raises ValueError in one
-    line for no images and, when it is reached, for a file that cannot be read.
+    Without a size the first image's is taken, and another one is refused. Raises ValueError in one
+    line for no data set and, when it is reached, for an image that cannot be read: a figure is of
+    all images or of none.
     """
 
     def __init__(self, path: Path, size: int | None = None) -> None:
         self.path = path
-        self.files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        if not self.files:
-            raise ValueError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
-        self.num = len(self.files)
+        self.source = open_dataset(path)
+        self.num = len(self.source)
         self._must_fit = size is None
         self.height = self.width = size or self._common_size()
-        stats = [(file, file.stat()) for file in self.files]
-        listing = [
-            f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats
-        ]
-        digest = hashlib.sha256("\n".join(listing).encode()).hexdigest()
-        self.fingerprint = f"folder {digest} {self.height}"
+        self.fingerprint = f"files {state_of_files(path)} {self.height}"
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """As in `Images`."""
-        files = iter(self.files)
+        """As in `Images`; the next batch is decoded while this one is used."""
         with ThreadPoolExecutor(thread_name_prefix="images") as pool:
-            while chunk := list(islice(files, size)):
-                yield np.stack(list(pool.map(self._read, chunk)))
+            starts = range(0, self.num, size)
+            upcoming = self._submit(pool, 0, size)
+            for first in starts:
+                current, upcoming = upcoming, self._submit(pool, first + size, size)
+                yield np.stack([future.result() for future in current])
+
+    def _submit(self, pool: ThreadPoolExecutor, first: int, size: int) -> list[Future[np.ndarray]]:
+        return [pool.submit(self._read, i) for i in range(first, min(first + size, self.num))]
 
     def _common_size(self) -> int:
-        width, height = size_of(self.files[0])
+        width, height = self._picture(0, 1).size
         if width != height:
             raise ValueError(
-                f"{self.files[0]} is {width} × {height} px: images that are not square are cropped "
-                "with --size only"
+                f"{self.source.name(0)} is {width} × {height} px: without a size to crop to, "
+                "images are square"
             )
         return width
 
-    def _read(self, file: Path) -> np.ndarray:
-        if self._must_fit and size_of(file) != (self.width, self.height):
-            width, height = size_of(file)
+    def _read(self, index: int) -> np.ndarray:
+        picture = self._picture(index, self.width)
+        if self._must_fit and picture.size != (self.width, self.height):
+            width, height = picture.size
             raise ValueError(
-                f"{file} is {width} × {height} px, {self.files[0].name} is {self.width} × "
-                f"{self.height}: images of one size are wanted, or --size to crop them"
+                f"{self.source.name(index)} is {width} × {height} px, {self.source.name(0)} is "
+                f"{self.width} × {self.height}: without a size to crop to, images are of one size"
             )
-        return read_picture(file, self.width)
+        return np.asarray(center_crop(picture, self.width))
+
+    def _picture(self, index: int, size: int) -> Image.Image:
+        try:
+            return decode(self.source.read(index), size)
+        except (OSError, UnreadableError) as error:
+            raise ValueError(f"{self.path}: {self.source.name(index)}: {error}") from error
 
 
-def size_of(file: Path) -> tuple[int, int]:
-    try:
-        with Image.open(file) as image:
-            return image.size
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is not an image that Pillow reads") from error
+def state_of_files(path: Path) -> str:
+    """A sha256 of names, sizes and dates of a data set's files, which are not read."""
+    if path.is_dir():
+        walk = os.walk(path, followlinks=True)
+        files = [os.path.join(parent, name) for parent, _, names in walk for name in names]
+    else:
+        files = [str(path)] if path.is_file() else glob.glob(str(path))
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        stat = os.stat(file)
+        name = os.path.relpath(file, path)
+        digest.update(f"{name}\0{stat.st_size} {stat.st_mtime_ns}\n".encode(errors="replace"))
+    return digest.hexdigest()
+
+
+def is_npz(path: Path) -> bool:
+    """Or meant as one: neither a folder, nor a .tar file, nor a pattern of such."""
+    return not (path.is_dir() or path.suffix == ".tar" or glob.has_magic(str(path)))
+
+
+def open_images(path: Path, size: int | None = None) -> Images:
+    """A data set, its images cropped to `size`, or an .npz, whose images must have it.
+
+    Raises ValueError in one line.
+    """
+    if not is_npz(path):
+        return DatasetImages(path, size)
+    images = NpzImages(path)
+    if size is not None and (images.height, images.width) != (size, size):
+        raise ValueError(
+            f"{path} has images of {images.width} × {images.height} px; wanted are {size} × {size}"
+        )
+    return images

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
-
-import torch
-from torch import Tensor, nn
-
-from rae.models.pickled import read_pickled
+from torch import Tensor
 
 NUM_SPLITS = 10  # of 5,000 each for 50,000 images, as in ADM's evaluator
 NEIGHBOURS = 3
 MAX_PSNR_DB = 100.0  # of equal images, which would make any mean infinite
 SSIM_WINDOW = 11
 DISTANCES = 50_000_000  # held at a time: 400 MB
-LPIPS_FILES = (
-    "vgg16-397923af.pth or alexnet-owt-7be5be79.pth of https://download.pytorch.org/models"
-)
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
@@ -67,7 +58,10 @@ def psnr_db(images: Tensor, originals: Tensor) -> Tensor:
 
 def ssim(images: Tensor, originals: Tensor) -> Tensor:
     """Structural similarity (B,) of images (B, 3, H, W) in [0, 1]: a Gaussian window of 11 pixels
-    and σ 1.5. Raises ValueError for images smaller than it. Source: Wang et al., 2004."""
+    and σ 1.5 around every pixel, the borders mirrored, as in the published RAE's figures.
+
+    Raises ValueError for images smaller than the window. Source: Wang et al., 2004.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     if min(images.shape[-2:]) < SSIM_WINDOW:
@@ -80,33 +74,3 @@ def ssim(images: Tensor, originals: Tensor) -> Tensor:
     )
     assert isinstance(values, Tensor)
     return values.flatten()
-
-
-def load_lpips(path: Path) -> nn.Module:
-    """LPIPS 0.1 on torchvision's VGG-16 or AlexNet, whose weights `path` holds; the weights of its
-    linear layers come with the lpips package. Takes images (B, 3, H, W) in [−1, 1].
-
-    Raises ValueError for a file that is absent or holds neither network. Source: arXiv 1801.03924.
-    """
-    import lpips
-
-    if not path.is_file():
-        raise ValueError(f"{path} is no file: LPIPS wants {LPIPS_FILES}")
-    values = read_pickled(path)
-    name = "vgg" if "features.28.weight" in values else "alex"
-    # On the meta device VGG's 120 million unused weights cost neither memory nor time.
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # lpips asks torchvision in a way that it has deprecated
-        network = lpips.LPIPS(net=name, pretrained=False, pnet_rand=True, verbose=False)
-    network.scaling_layer = lpips.ScalingLayer()
-    # lpips cuts `features` into slices, whose layers keep their numbers.
-    sources = {key: f"features.{key.partition('.')[2]}" for key in network.net.state_dict()}
-    try:
-        network.net.load_state_dict({k: values[v] for k, v in sources.items()}, assign=True)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} holds neither network of LPIPS: {LPIPS_FILES}") from error
-    linear = read_pickled(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{name}.pth")
-    for key, value in linear.items():
-        module, _, rest = key.partition(".")
-        network.get_submodule(module).load_state_dict({rest: value}, assign=True)
-    return network.eval().requires_grad_(False)

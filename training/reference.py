@@ -22,7 +22,7 @@ import torch
 from rae.models.cache import cache_folder
 from rae.training.feature_networks import FeatureNetwork
 from rae.training.frechet import Gaussian
-from rae.training.image_sources import IMAGES, FolderImages, Images, NpzImages
+from rae.training.image_sources import IMAGES, Images, NpzImages, is_npz, open_images
 from rae.training.measuring import Measured, Track, evenly, measure
 
 MAX_REFERENCE_IMAGES = 10_000  # for precision and recall, and arr_0: as in ADM's batches
@@ -43,13 +43,13 @@ def load_reference(
     A folder's images are cropped to the size; what is measured is kept in the cache. Precision and
     recall need images: without any, `features` is None. Raises ValueError in one line.
     """
-    if path.is_dir():
-        images: Images | None = FolderImages(path, size[0])
-        statistics = note = None
-    else:
+    images: Images | None
+    if is_npz(path):
         names = array_names(path)
         images = NpzImages(path) if IMAGES in names else None
         statistics, note = read_statistics(path, names, network)
+    else:
+        images, statistics, note = open_images(path, size[0]), None, None
     if images is not None and (images.height, images.width) != size:
         raise ValueError(
             f"{path} has images of {images.width} × {images.height} px, the samples are "
@@ -122,7 +122,8 @@ def cached(
     file = cache_folder() / "evaluation" / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
     if file.exists():
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            # numpy leaves a file open that it has opened and cannot read
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
                 return from_arrays(arrays)
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
             file.unlink(missing_ok=True)  # cut short by a full disk: it is made again

@@ -77,6 +77,14 @@ class RunSettings:
     keep: Annotated[
         int, typer.Option(min=1, help="Snapshots that stay.", rich_help_panel=WRITTEN)
     ] = 2
+    tensorboard: Annotated[
+        bool,
+        typer.Option("--tensorboard", help="Also for TensorBoard.", rich_help_panel=WRITTEN),
+    ] = False
+    wandb: Annotated[
+        str | None,
+        typer.Option(metavar="PROJECT", help="Also for Weights & Biases.", rich_help_panel=WRITTEN),
+    ] = None
 
 
 Preset = Annotated[str, typer.Argument(metavar="PRESET", help="The recipe, by its name.")]

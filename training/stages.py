@@ -22,6 +22,8 @@ from rae.models.rae import RAE
 from rae.training.assemble import assemble_autoencoder, assemble_checkpoint
 from rae.training.decoder_recipe import DECODER_PRESETS, DecoderRecipe
 from rae.training.distributed import World, joined
+from rae.training.flops import model_flops
+from rae.training.gpus import world_peak_flops
 from rae.training.image_data import ImageSource, fingerprint, open_dataset
 from rae.training.latent_shards import LatentShards
 from rae.training.overrides import override
@@ -34,6 +36,7 @@ from rae.training.samples import ImageSamples, Samples
 from rae.training.stage1 import train_decoder
 from rae.training.stage2 import load_averages, train_dit, trained
 from rae.training.stats import read_statistics
+from rae.training.trackers import TensorBoard, Tracker, WeightsAndBiases
 from rae.training.transforms import CenterCrop, RandomCrop
 
 RUN = re.compile(r"(.+?)(?:@(\d+))?")
@@ -62,6 +65,7 @@ def run_dit(settings: DiTSettings) -> None:
         recipe = override(preset_of(DIT_PRESETS, settings.preset), settings.changes or [])
         config, rae = open_rae(settings.rae, settings.statistics, settings.images is not None)
         samples, facts, classes = open_samples(settings, recipe)
+        require_encoder_of(config, samples)
         facts["rae"] = config.sha256[DECODER_FILE]
         begin(settings, recipe, facts, world)
         with closing(report_of(settings, recipe, world)) as report:
@@ -117,8 +121,23 @@ def begin(settings: RunSettings, recipe: Recipe, facts: Mapping[str, Any], world
         raise ValueError(problem or "the first process refuses the folder")
 
 
-def report_of(settings: RunSettings, recipe: Recipe, world: World) -> Report | Silent:
-    return Report(settings.out) if world.is_first else Silent()
+def report_of(
+    settings: RunSettings, recipe: DecoderRecipe | DiTRecipe, world: World
+) -> Report | Silent:
+    """MFU counts the trained model alone. Raises ImportError for a tracker that is not there."""
+    if not world.is_first:
+        return Silent()
+    trackers: list[Tracker] = []
+    if settings.tensorboard:
+        trackers.append(TensorBoard(settings.out / "tensorboard"))
+    if settings.wandb is not None:
+        trackers.append(WeightsAndBiases(settings.out, settings.wandb, asdict(recipe)))
+    return Report(
+        settings.out,
+        flops_per_image=model_flops(recipe.model).step,
+        peak_flops=world_peak_flops(world, settings.precision),
+        trackers=trackers,
+    )
 
 
 def require_done(weights: object) -> None:
@@ -168,9 +187,19 @@ def open_rae(
     if statistics is not None:
         decoder = rae.decoder.config
         shape = (decoder.latent_channels, decoder.grid, decoder.grid)
-        for name, value in read_statistics(statistics, shape)[0].items():
-            setattr(rae, name, value)
+        rae.latents_mean, rae.latents_var = read_statistics(statistics, shape)
     return config, rae
+
+
+def require_encoder_of(config: AutoencoderConfig, samples: Samples) -> None:
+    """Raises ValueError for latents that another encoder has made than the RAE's, as far as the
+    folder knows its own."""
+    if isinstance(samples, LatentShards):
+        made = samples.index.encoder.get("sha256", {})
+        for name, sha256 in made.items():
+            own = config.sha256.get(f"encoder/{name}", sha256)
+            if own != sha256:
+                raise ValueError(f"{samples.folder}: its encoder's {name} is not the RAE's")
 
 
 def open_samples(

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from rae.models.checkpoint_config import CheckpointError
 from rae.models.tensor_files import read_tensors
-from rae.training.tensor_writing import read_facts, write_whole
+from rae.training.tensor_writing import write_whole
 
 if TYPE_CHECKING:
     from rae.training.distributed import World
 
-EPS = 1e-5  # of the published models
-NAMES = ("latents_mean", "latents_var", "eps")
+NAMES = ("latents_mean", "latents_var")  # as in a checkpoint's decoder file
 
 
 class LatentStatistics:
@@ -72,32 +71,24 @@ class LatentStatistics:
 
 
 def write_statistics(path: Path, statistics: LatentStatistics, facts: Mapping[str, Any]) -> str:
-    """fp32 tensors as a checkpoint's decoder file has them; returns the file's sha256.
+    """fp32 tensors, with `facts` of their encoder and data set; returns the file's sha256.
 
     Raises OSError, and leaves what was there, where it cannot be written, and ValueError for
     values that are not finite.
     """
-    tensors = {
-        "latents_mean": statistics.mean.float().cpu(),
-        "latents_var": statistics.var.float().cpu(),
-        "eps": torch.tensor(EPS),
-    }
+    values = (statistics.mean, statistics.var)
+    tensors = {name: value.float().cpu() for name, value in zip(NAMES, values, strict=True)}
     return write_whole(path, tensors, {**facts, "num_latents": statistics.count})
 
 
-def read_statistics(
-    path: Path, latent_shape: tuple[int, int, int]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors by an `RAE`'s names, and the facts that were written with them.
-
-    Raises ValueError for another file, and for statistics of other latents.
-    """
+def read_statistics(path: Path, latent_shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C, H, W), fp32. Raises ValueError for another file, and for statistics
+    of other latents; `read_facts` gives what was written with them."""
     tensors = read_tensors(path)
     if tensors.keys() != set(NAMES):
-        raise CheckpointError(
-            f"{path} holds {', '.join(sorted(tensors))}: statistics are {', '.join(NAMES)}"
-        )
-    found = tuple(tensors["latents_mean"].shape)
-    if found != latent_shape or tensors["latents_var"].shape != tensors["latents_mean"].shape:
-        raise CheckpointError(f"{path} is of latents {found}, not of {latent_shape}")
-    return tensors, read_facts(path)
+        found = ", ".join(sorted(tensors)[:5])
+        raise CheckpointError(f"{path} holds {found}: statistics are {' and '.join(NAMES)}")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != latent_shape:
+            raise CheckpointError(f"{path}: {name} {tuple(tensor.shape)} for {latent_shape}")
+    return tensors["latents_mean"].float(), tensors["latents_var"].float()

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 ORDER = 100  # a purpose of draws
 MAX_IN_A_ROW = 100  # by chance, in an order that is random, one data set in 2^100 of half wrecks
 MAX_LOGGED = 100
+
+T = TypeVar("T")
 
 
 class Problem(NamedTuple):
@@ -197,7 +199,7 @@ def _logged(loader: Iterable[Loaded | ValueError]) -> Iterator[Batch]:
         yield loaded.batch
 
 
-def _as_it_is(loaded: Loaded | ValueError) -> Loaded | ValueError:
+def _as_it_is(loaded: T) -> T:
     return loaded
 
 

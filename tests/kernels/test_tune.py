@@ -15,7 +15,8 @@ from rae.kernels import adaln, tune
 from rae.kernels.dispatch import Table
 from rae.kernels.tune_problems import Op, Shape
 from rae.server.cli import app
-from tests.kernels.conftest import DEVICE
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 FP32 = torch.float32
 SHAPES = (

@@ -29,7 +29,7 @@ from rae.models.sampling import denoise, draw_noise, timesteps
 from rae.models.tensor_files import read_tensors
 
 if TYPE_CHECKING:
-    from tests.models.conftest import AuthorsFolder
+    from authors_folder import AuthorsFolder
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 DIT_DH, DECODER = "DiTs/stage2_model.pt", "decoder/model.pt"

@@ -21,7 +21,7 @@ from rae.models.checkpoint import load_checkpoint
 from rae.models.hub import HUB_NAME
 
 if TYPE_CHECKING:
-    from tests.models.conftest import AuthorsFolder
+    from authors_folder import AuthorsFolder
 
 REPOSITORY = "someone/RAE-collections"
 COMMIT = "c" * 40

@@ -18,7 +18,7 @@ from rae.models.published import PRESETS, Autoencoder
 from rae.models.published_yaml import read_yaml
 
 if TYPE_CHECKING:
-    from tests.models.conftest import AuthorsFolder
+    from authors_folder import AuthorsFolder
 
 
 def test_a_configuration_is_read(authors_folder: AuthorsFolder) -> None:

@@ -9,12 +9,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from rae.models.command_line import takes
 from rae.server.serve_settings import ServeSettings
-from rae.server.settings import (
-    EngineSettings,
-    embedded_model,
-    takes,
-)
+from rae.server.settings import EngineSettings, embedded_model
 
 NAMES = [field.name for field in fields(ServeSettings)]
 

@@ -33,7 +33,7 @@ def test_the_published_schedule() -> None:
     )
     assert starts == (0, 6 * per_epoch, 8 * per_epoch)
     schedule = recipe.lr_schedule(1_281_167)
-    rates = [recipe.lr * schedule.factor(epoch * per_epoch) for epoch in (0, 1, 8.5, 10, 16)]
+    rates = [recipe.lr * schedule.factor(int(epoch * per_epoch)) for epoch in (0, 1, 8.5, 10, 16)]
     # The middle of the cosine is between 2e-4 and 2e-5; the discriminator ends at epoch 10.
     assert rates == pytest.approx([2e-4 / per_epoch, 2e-4, 1.1e-4, 8.2186e-5, 2e-5], rel=1e-4)
     assert (recipe.adamw.betas, recipe.adamw.clip_norm, recipe.ema_decay) == (

@@ -25,6 +25,7 @@ from rae.training.image_encoder import load_image_encoder
 from rae.training.latent_shards import LatentShards
 from rae.training.samples import ImageSamples
 from rae.training.stats import LatentStatistics, read_statistics, write_statistics
+from rae.training.tensor_writing import read_facts
 from rae.training.transforms import CenterCrop
 
 DIGITS = Path(data_cli.__file__).parent.parent / "models" / "digits"
@@ -66,13 +67,13 @@ def latents(folder: Path) -> Tensor:
 
 
 def assert_statistics(path: Path, latents: Tensor) -> None:
-    tensors, facts = read_statistics(path, SHAPE)
+    latents_mean, latents_var = read_statistics(path, SHAPE)
     two_passes = latents.double()
     mean = two_passes.mean(0)
-    torch.testing.assert_close(tensors["latents_mean"].double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(latents_mean.double(), mean, rtol=1e-6, atol=1e-6)
     var = (two_passes - mean).square().mean(0)
-    torch.testing.assert_close(tensors["latents_var"].double(), var, rtol=1e-6, atol=1e-6)
-    assert tensors["eps"] == torch.tensor(1e-5)
+    torch.testing.assert_close(latents_var.double(), var, rtol=1e-6, atol=1e-6)
+    facts = read_facts(path)
     assert facts["num_latents"] == len(latents)
     assert facts["num_skipped"] == 1
     assert facts["encoder"]["sha256"].keys() == {"config.json", "model.safetensors"}
@@ -199,10 +200,10 @@ def test_other_files_are_no_statistics(tmp_path: Path) -> None:
     statistics = LatentStatistics()
     statistics.update(torch.randn(3, *SHAPE))
     write_statistics(path, statistics, {"dataset": "none"})
-    assert read_statistics(path, SHAPE)[1] == {"dataset": "none", "num_latents": 3}
-    with pytest.raises(ValueError, match=r"is of latents \(96, 4, 4\), not of \(96, 4, 5\)"):
+    assert read_facts(path) == {"dataset": "none", "num_latents": 3}
+    with pytest.raises(ValueError, match=r"latents_mean \(96, 4, 4\) for \(96, 4, 5\)"):
         read_statistics(path, (96, 4, 5))
-    with pytest.raises(ValueError, match="statistics are latents_mean, latents_var, eps"):
+    with pytest.raises(ValueError, match="statistics are latents_mean and latents_var"):
         read_statistics(DIGITS / "encoder" / "model.safetensors", SHAPE)
 
 

@@ -132,8 +132,8 @@ def test_the_losses_networks_keep_what_torch_saves() -> None:
         patch_size=8,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        **{"attn_implementation": "sdpa"},  # of every model, not of this one's signature
     )
+    config._attn_implementation = "sdpa"
     trunk = transformers.ViTModel(config, add_pooling_layer=False).eval()
     trunk.requires_grad_(False)
     shape = ViTShape(

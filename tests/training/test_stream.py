@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -153,16 +153,6 @@ def test_a_data_set_of_which_nothing_is_readable_ends(size: int, tries: int) -> 
         take(1, Numbers(size, frozenset(range(size))))
 
 
-def test_a_worker_s_error_is_as_short(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"broken")
-    samples = ImageSamples(ImageFolder(tmp_path), CenterCrop(16))
-    message = (
-        "^1 images in a row cannot be read, the last is a.png: not an image that Pillow reads$"
-    )
-    with pytest.raises(ValueError, match=message):
-        next(batches(samples, seed=0, batch_size=1, micro_batch=1, world=world(), num_workers=1))
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
@@ -177,9 +167,9 @@ def folder(tmp_path: Path) -> Path:
 def test_workers_yield_what_none_yields(folder: Path) -> None:
     samples = ImageSamples(ImageFolder(folder), CenterCrop(16, flip=True))
     state = torch.get_rng_state()
-    options = {"seed": 1, "batch_size": 8, "micro_batch": 4, "world": world(), "start_step": 3}
-    expected = list(islice(batches(samples, num_workers=0, **options), 9))  # type: ignore[arg-type]
-    found = list(islice(batches(samples, num_workers=2, **options), 9))  # type: ignore[arg-type]
+    options: Any = {"seed": 1, "batch_size": 8, "micro_batch": 4, "world": world(), "start_step": 3}
+    expected = list(islice(batches(samples, num_workers=0, **options), 9))
+    found = list(islice(batches(samples, num_workers=2, **options), 9))
     for one, other in zip(expected, found, strict=True):
         assert one.images is not None and other.images is not None
         assert torch.equal(one.images, other.images)
