@@ -3,8 +3,8 @@
 #     benchmarks/gpu.sh OUT [PART ...]
 # Parts: kernels (against fp64), engine (graphs against eager calls), parity (recorded numbers), tune,
 # step, ops, forward, training (steps of stage 2 against the authors'), service (over HTTP, under
-# load, with killed workers), throughput; of the last one also by themselves: none, autoguidance, cfg (XL-256 by guidance), start, ablation, xl512,
-# deterministic, compiled. Without a part all of them.
+# load, with killed workers), throughput; of the last one also by themselves: none, autoguidance,
+# cfg (XL-256 by guidance), start, ablation, xl512, deterministic, compiled. Without a part all of them.
 #     UPSTREAM=DIR     a clone of bytetriper/RAE, to compare with
 #     CHECKPOINTS=DIR  where random weights stay between runs, 6 GB a model
 set -uo pipefail
@@ -32,11 +32,11 @@ throughput() {
     LIMIT=$((budget + 70)) run "$name" "$python" benchmarks/throughput.py --device cuda \
         --budget-s "$budget" --checkpoints "$checkpoints" --out "$out/$name" "${upstream[@]}" "$@"
 }
-# A size and flags.
+# A name, a size, and flags.
 train_step() {
-    run "train-step-$1" "$python" benchmarks/train_step.py "${upstream[@]}" --device cuda --rounds 1 \
-        --model "DiTDH-$1-256" --steps 20 --warm-up 5 --precision tf32 --precision bf16 \
-        --json "$out/train-step-$1.json" "${@:2}"
+    LIMIT=550 run "train-step-$1" "$python" benchmarks/train_step.py "${upstream[@]}" --device cuda \
+        --rounds 1 --model "DiTDH-$2-256" --steps 20 --warm-up 5 --precision tf32 --precision bf16 \
+        --json "$out/train-step-$1.json" "${@:3}"
 }
 part() {
     case $1 in
@@ -54,8 +54,10 @@ part() {
         [[ -n ${UPSTREAM:-} ]] || return 0
         run train-parity "$python" benchmarks/train_parity.py "${upstream[@]}" --device cuda \
             --json "$out/train-parity.json"
-        LIMIT=550 train_step S --batch 128
-        LIMIT=550 train_step XL --batch 64
+        train_step XL XL --batch 64
+        train_step S S --batch 128
+        train_step trials S --batch 128 --variant "ours whole" --variant "ours compiled aligned" \
+            --variant "ours whole aligned"
         ;;
     service)
         LIMIT=300 run over-http "$python" benchmarks/over_http.py --device cuda --model DiTDH-XL-256 \

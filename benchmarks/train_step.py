@@ -89,7 +89,8 @@ def dinov2() -> nn.Module:
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
     torch.manual_seed(0)
-    return Dinov2WithRegistersModel(Dinov2WithRegistersConfig()).eval()
+    config = Dinov2WithRegistersConfig(patch_size=14, image_size=518)
+    return Dinov2WithRegistersModel(config).eval()
 
 
 def our_rae(config: DiTDHConfig | DiTConfig, encodes: bool) -> RAE:
