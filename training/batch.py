@@ -26,8 +26,11 @@ class Batch:
         return len(self.positions)
 
     def to(self, device: torch.device) -> Self:
+        """But for the positions: whoever draws by them would wait for the device."""
         moved = {
-            name: value.to(device, non_blocking=True) for name, value in self._tensors().items()
+            name: value.to(device, non_blocking=True)
+            for name, value in self._tensors().items()
+            if name != "positions"
         }
         return replace(self, **moved)
 

@@ -46,6 +46,5 @@ class EMA:
 
     @torch.no_grad()
     def _assign(self, values: dict[str, Tensor]) -> None:
-        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
-            list(self.weights.values()), [values[name] for name in self.weights]
-        )
+        for name, weight in self.weights.items():  # sharded ones have no foreach copy
+            weight.copy_(values[name])

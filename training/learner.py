@@ -67,6 +67,10 @@ class Learner(Generic[M]):
             eps=config.eps,
             fused=True,
         )
+        # torch makes the state by a step of rate 0, which counts: not to be left to the first snapshot.
+        get_optimizer_state_dict(self.module, self.optimizer)
+        for state in self.optimizer.state.values():
+            state["step"].zero_()
         self.ema = None if ema_decay is None else EMA(module, ema_decay, rises=ema_rises)
         self.num_updates = 0
 

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,29 +51,37 @@ class Snapshots:
         return self.folder / f"step-{step:09}"
 
     def save(self, step: int) -> None:
-        """After `step` steps. Raises OSError where it cannot be written: those before stay."""
+        """After `step` steps. Raises OSError in every process where it cannot be written: the
+        snapshots before stay."""
         partial = self.path(step).with_suffix(PARTIAL)
-        problem: BaseException | None = None
-        if self.world.is_first:
-            self._clear()
-        self.world.barrier()
-        try:
+        self._together(step, self._clear, only_first=True)
+
+        def write() -> None:
             with quietly():
                 save(self._state(step), checkpoint_id=partial, no_dist=self.world.size == 1)
-        except (OSError, CheckpointException) as error:
-            problem = error
+
+        self._together(step, write)
+        self._together(step, lambda: self._finish(step, partial), only_first=True)
+
+    def _together(self, step: int, work: Callable[[], None], *, only_first: bool = False) -> None:
+        """What fails in one process fails in all: none waits for another in vain."""
+        problem: BaseException | None = None
+        if self.world.is_first or not only_first:
+            try:
+                work()
+            except (OSError, CheckpointException) as error:
+                problem = error
         if self.world.any(problem is not None):
             if self.world.is_first:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                f"{partial.parent}: the snapshot of step {step} could not be written: {problem}"
-            )
-        if self.world.is_first:
-            partial.replace(self.path(step))
-            sync(self.folder)
-            for old in [s for s in self.steps() if s not in self.milestones][: -self.keep]:
-                shutil.rmtree(self.path(old))
-        self.world.barrier()
+                shutil.rmtree(self.path(step).with_suffix(PARTIAL), ignore_errors=True)
+            reason = problem or "another process could not"
+            raise OSError(f"{self.folder}: no snapshot of step {step} could be written: {reason}")
+
+    def _finish(self, step: int, partial: Path) -> None:
+        partial.replace(self.path(step))
+        sync(self.folder)
+        for old in [s for s in self.steps() if s not in self.milestones][: -self.keep]:
+            shutil.rmtree(self.path(old))
 
     def load(self, step: int) -> None:
         """Raises ValueError where the snapshot is of other modules."""

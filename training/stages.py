@@ -16,9 +16,11 @@ from torch import Tensor
 from rae.models.checkpoint import DECODER_FILE, load_autoencoder, load_rae
 from rae.models.checkpoint_config import AutoencoderConfig, SamplerDefaults, read_any_config
 from rae.models.config import DiTDHConfig
+from rae.models.decoder import Decoder
 from rae.models.encoder import load_encoder
 from rae.models.published import NORMALISATION
 from rae.models.rae import RAE
+from rae.models.tensor_files import file_sha256
 from rae.training.assemble import assemble_autoencoder, assemble_checkpoint
 from rae.training.data.image_data import ImageSource, fingerprint, open_dataset
 from rae.training.data.latent_shards import LatentShards
@@ -48,12 +50,16 @@ def run_decoder(settings: DecoderSettings) -> None:
         recipe = override(preset_of(DECODER_PRESETS, settings.preset), settings.changes or [])
         source = open_dataset(settings.images)
         samples = ImageSamples(source, RandomCrop(recipe.model.image_size))
-        begin(settings, recipe, {"images": facts_of(source)}, world)
+        files = {
+            path.name: file_sha256(path) for path in sorted(settings.encoder.glob("*.safetensors"))
+        }
+        begin(settings, recipe, {"images": facts_of(source), "encoder": files}, world)
         rae, config = new_rae(recipe, settings.encoder)
         with closing(report_of(settings, recipe, world)) as report:
             weights = train_decoder(recipe, samples, rae, settings, world, report)
         require_done(weights)
         if world.is_first:
+            rae.decoder = Decoder(recipe.model)  # the trained one may be sharded
             rae.decoder.load_state_dict(cast(Mapping[str, Tensor], weights))
             out = settings.out / "checkpoint"
             assemble_autoencoder(out, config, rae.cpu(), settings.encoder)
@@ -67,6 +73,8 @@ def run_dit(settings: DiTSettings) -> None:
         samples, facts, classes = open_samples(settings, recipe)
         require_encoder_of(config, samples)
         facts["rae"] = config.sha256[DECODER_FILE]
+        if settings.statistics is not None:
+            facts["statistics"] = file_sha256(settings.statistics)
         begin(settings, recipe, facts, world)
         with closing(report_of(settings, recipe, world)) as report:
             weights = train_dit(recipe, samples, rae, settings, world, report)
@@ -115,7 +123,7 @@ def begin(settings: RunSettings, recipe: Recipe, facts: Mapping[str, Any], world
     if world.is_first:
         try:
             claim(settings.out, recipe, facts)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problem = str(error)
     if world.any(bool(problem)):
         raise ValueError(problem or "the first process refuses the folder")
@@ -210,6 +218,13 @@ def open_samples(
         raise ValueError("either --images or --latents is needed")
     if settings.latents is not None:
         shards = LatentShards(settings.latents)
+        index = shards.index
+        if (index.has_flips, index.image_size) != (recipe.horizontal_flip, recipe.image_size):
+            raise ValueError(
+                f"{settings.latents} has latents of {index.image_size} px, "
+                f"{'with' if index.has_flips else 'without'} flips; the recipe says image_size "
+                f"{recipe.image_size}, horizontal_flip {str(recipe.horizontal_flip).lower()}"
+            )
         return shards, {"latents": shards.index.facts}, ()
     assert settings.images is not None
     source = open_dataset(settings.images)

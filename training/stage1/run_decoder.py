@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
 from rae.models.rae import RAE
 from rae.training.data.samples import Samples
+from rae.training.data.transforms import UnreadableError
 from rae.training.distributed import World
 from rae.training.precision import set_matmul_precision
 from rae.training.run import compile_blocks, step_batches, trainer_config
@@ -67,6 +70,15 @@ def train_decoder(
 
 
 def shown(samples: Samples) -> Tensor:
-    """A few images (n, 3, S, S) uint8, spread over the data."""
-    numbers = [index * len(samples) // SHOWN for index in range(min(SHOWN, len(samples)))]
-    return torch.stack([samples.load(number, 0, number).value for number in numbers])
+    """A few images (n, 3, S, S) uint8, spread over the data; unreadable ones are left out.
+
+    Raises ValueError where none of them can be read.
+    """
+    count = min(SHOWN, len(samples))
+    found = []
+    for number in (index * len(samples) // count for index in range(count)):
+        with suppress(UnreadableError):
+            found.append(samples.load(number, 0, number).value)
+    if not found:
+        raise ValueError(f"none of {count} images, spread over the data, can be read")
+    return torch.stack(found)
