@@ -97,8 +97,8 @@ def parallelize(module: nn.Module, world: World, strategy: Strategy) -> nn.Modul
     mesh = init_device_mesh(world.device.type, (world.size,))
     for unit in shard_units(module):
         fully_shard(unit, mesh=mesh)
-    # By default the root keeps what it gathered until a backward: after a forward without one, as of
-    # samples by the averages, the next step would run with old weights.
+    # By default the root keeps what it gathered until a backward: after a forward without one, as
+    # for samples by the averages, the next step would run with old weights.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return module
 

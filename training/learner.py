@@ -67,7 +67,7 @@ class Learner(Generic[M]):
             eps=config.eps,
             fused=True,
         )
-        # torch makes the state by a step of rate 0, which counts: not to be left to the first snapshot.
+        # torch makes the state by a step of rate 0, which Adam counts: a first snapshot may not.
         get_optimizer_state_dict(self.module, self.optimizer)
         for state in self.optimizer.state.values():
             state["step"].zero_()

@@ -13,38 +13,52 @@ T = TypeVar("T")
 BOOLS = {"true": True, "false": False}
 
 
+class NotParsedError(ValueError):
+    """Text that is no value of a type."""
+
+
 def override(config: T, assignments: Sequence[str]) -> T:
-    """`config` with each `key=value` applied in turn; `a.b=value` is field b of field a.
+    """`config` with all `key=value` applied at once, the last of a key; `a.b=value` is field b of
+    field a.
 
     Raises ValueError for an unknown key, a value of another type, and what the configuration
     itself refuses.
     """
+    changes: dict[tuple[str, ...], Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"{assignment!r} is not key=value")
-        config = _set(config, key.split("."), key, text)
-    return config
+        path = tuple(key.split("."))
+        try:
+            changes[path] = parse(kind_of(config, path, key), text)
+        except NotParsedError as error:
+            raise ValueError(f"{key}={text}: {error}") from None
+    return _apply(config, changes)
 
 
-def _set(config: Any, path: Sequence[str], key: str, text: str) -> Any:  # noqa: ANN401
-    name, *rest = path
-    kinds = get_type_hints(type(config))
-    if name not in kinds:
-        raise ValueError(f"unknown key {key!r}; {suggestion(name, list(kinds))}")
-    value = getattr(config, name)
-    if rest:
-        if not is_dataclass(value):
-            raise ValueError(f"unknown key {key!r}: {name} has no parts")
-        return replace(config, **{name: _set(value, rest, key, text)})
-    if is_dataclass(value):
-        names = ", ".join(f"{key}.{field.name}" for field in fields(value))
-        raise ValueError(f"{key!r} has parts; set one of {names}")
-    try:
-        parsed = parse(kinds[name], text)
-    except ValueError as error:
-        raise ValueError(f"{key}={text}: {error}") from None
-    return replace(config, **{name: parsed})
+def kind_of(config: Any, path: Sequence[str], key: str) -> Any:  # noqa: ANN401
+    """The type of a field that has no parts."""
+    for index, name in enumerate(path):
+        if not is_dataclass(config):
+            raise ValueError(f"unknown key {key!r}: {path[index - 1]} has no parts")
+        kinds = get_type_hints(type(config))
+        names = [field.name for field in fields(config)]
+        if name not in names:
+            raise ValueError(f"unknown key {key!r}; {suggestion(name, names)}")
+        kind, config = kinds[name], getattr(config, name)
+    if is_dataclass(config):
+        parts = ", ".join(f"{key}.{field.name}" for field in fields(config))
+        raise ValueError(f"{key!r} has parts; set one of {parts}")
+    return kind
+
+
+def _apply(config: Any, changes: Mapping[tuple[str, ...], Any]) -> Any:  # noqa: ANN401
+    own = {path[0]: value for path, value in changes.items() if len(path) == 1}
+    for name in {path[0] for path in changes if len(path) > 1}:
+        inner = {path[1:]: value for path, value in changes.items() if path[0] == name}
+        own[name] = _apply(getattr(config, name), inner)
+    return replace(config, **own)
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:
@@ -62,7 +76,7 @@ def parse(kind: Any, text: str) -> Any:  # noqa: ANN401
         return parse(others[0], text)
     if origin is Literal:
         if text not in get_args(kind):
-            raise ValueError(f"allowed are {', '.join(map(str, get_args(kind)))}")
+            raise NotParsedError(f"allowed are {', '.join(map(str, get_args(kind)))}")
         return text
     if origin is tuple:
         items = get_args(kind)
@@ -70,16 +84,16 @@ def parse(kind: Any, text: str) -> Any:  # noqa: ANN401
         if items[-1] is Ellipsis:
             items = (items[0],) * len(parts)
         if len(parts) != len(items):
-            raise ValueError(f"{len(items)} values with commas between are wanted")
+            raise NotParsedError(f"{len(items)} values with commas between are wanted")
         return tuple(parse(item, part) for item, part in zip(items, parts, strict=True))
     if kind is bool:
         if text.lower() not in BOOLS:
-            raise ValueError("true or false is wanted")
+            raise NotParsedError("true or false is wanted")
         return BOOLS[text.lower()]
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"a number ({kind.__name__}) is wanted") from None
+        raise NotParsedError(f"a number ({kind.__name__}) is wanted") from None
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:

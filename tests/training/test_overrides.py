@@ -32,6 +32,12 @@ def test_values_get_their_fields_type(assignment: str, changes: dict[str, Any]) 
     assert override(XL, [assignment]) == replace(XL, **changes)
 
 
+def test_what_only_fits_together_is_set_together() -> None:
+    changes = ["model.hidden_size=16", "model.num_heads=2", "epochs=1", "constant_epochs=0"]
+    small = override(XL, changes)
+    assert (small.model.hidden_size, small.model.num_heads, small.epochs) == (16, 2, 1)
+
+
 def test_the_last_of_several_counts() -> None:
     assert override(XL, ["seed=1", "lr=1e-3", "seed=2"]) == replace(XL, seed=2, lr=1e-3)
 
@@ -54,6 +60,7 @@ def test_the_last_of_several_counts() -> None:
         ("betas=0.9", "betas=0.9: 2 values with commas between are wanted"),
         ("constant_epochs=801", "more than epochs 800"),
         ("model.hidden_size=7", "hidden_size 7 must be num_heads"),
+        ("may_be_zero=x", "unknown key 'may_be_zero'"),
     ],
 )
 def test_what_is_wrong_is_named(assignment: str, words: str) -> None:

@@ -34,7 +34,7 @@ Run = tuple[Trainer, Lines, dict[str, Tensor]]
 
 
 def make_trainer(folder: Path, **options: Any) -> tuple[Trainer, Lines]:  # noqa: ANN401
-    config = TrainerConfig(num_steps=STEPS, log_every=1, snapshot_every=100)
+    config = TrainerConfig(num_steps=STEPS, log_every=1, sample_every=2, snapshot_every=100)
     accumulate = options.pop("accumulate", 1)
     make = options.pop("make_batches", None)
     lines = Lines()
@@ -255,3 +255,14 @@ def test_sigterm_saves_and_ends(tmp_path: Path, undisturbed: dict[str, Tensor]) 
     assert 1 < int(snapshot.name[5:]) < STEPS
     finish(start(tmp_path, f"--steps={STEPS}"))
     assert same(weights_in(tmp_path), undisturbed)
+
+
+def test_a_state_that_is_read_before_the_first_update_changes_nothing(
+    undisturbed: dict[str, Tensor], tmp_path: Path
+) -> None:
+    trainer, _ = make_trainer(tmp_path)
+    trainer.task.learners["dit"].state_dict()
+    trainer.run()
+    states = trainer.task.learners["dit"].optimizer.state.values()
+    assert {int(state["step"]) for state in states} == {STEPS}
+    assert same(weights_of(trainer), undisturbed)

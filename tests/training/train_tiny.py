@@ -52,6 +52,7 @@ class Lines:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.seen: list[Tensor] = []
         self.metrics: list[tuple[int, Mapping[str, float]]] = []
 
     def start(self, step: int, num_steps: int) -> None:
@@ -63,7 +64,7 @@ class Lines:
         sys.stdout.flush()
 
     def samples(self, step: int, images: Tensor) -> None:
-        self.lines.append(f"samples {step} {tuple(images.shape)}")
+        self.seen.append(images)
 
     def event(self, text: str) -> None:
         self.lines.append(text)
@@ -113,13 +114,19 @@ def make_learner(world: World, strategy: Strategy = "ddp") -> Learner[nn.Module]
 def make_task(learner: Learner[nn.Module]) -> DiTTask:
     objective = FlowMatching(shift=2.0, null_label=4, class_dropout_prob=0.1, seed=3)
     rae = RAE(DECODER, image_mean=(0, 0, 0), image_std=(1, 1, 1))
-    return DiTTask(learner, objective, rae)
+    return DiTTask(learner, objective, rae, draw_samples=look)
+
+
+@torch.no_grad()
+def look(module: nn.Module) -> Tensor:
+    return module(sample(0)[None], torch.ones(1), torch.zeros(1, dtype=torch.int64))
 
 
 def weights(learner: Learner[nn.Module]) -> dict[str, Tensor]:
     state = learner.state_dict()
     tensors = {f"online.{name}": value for name, value in state["module"].items()}
     tensors |= {f"ema.{name}": value for name, value in state["ema"].items()}
+    tensors |= {f"whole.{name}": value for name, value in learner.averages().items()}
     return {
         name: value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
         for name, value in tensors.items()
@@ -144,7 +151,9 @@ def main() -> None:
 
 def run(args: argparse.Namespace, world: World, strategy: Strategy, folder: Path) -> None:
     learner = make_learner(world, strategy)
-    config = TrainerConfig(num_steps=args.steps, log_every=1, snapshot_every=args.snapshot_every)
+    config = TrainerConfig(
+        num_steps=args.steps, log_every=1, sample_every=1, snapshot_every=args.snapshot_every
+    )
     trainer = Trainer(
         make_task(learner),
         lambda start: batches(start, world, args.micro_batch, args.accumulate, args.sleep),
