@@ -96,7 +96,7 @@ def _decoder_recipe() -> DecoderRecipe:
         ),
         encoder=ENCODER,
         batch_size=128,
-        epochs=10.0,
+        epochs=12.0,
         warmup_epochs=0.5,
         lr=1.5e-3,
         final_lr=3e-5,
