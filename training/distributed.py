@@ -64,7 +64,13 @@ def joined(device: str = "auto") -> Iterator[World]:
     if "RANK" not in os.environ:
         yield World(0, 1, own)
         return
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size)
+    is_cuda = own.type == "cuda"
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        rank=rank,
+        world_size=size,
+        device_id=own if is_cuda else None,
+    )
     try:
         yield World(rank, size, own)
     finally:

@@ -14,8 +14,10 @@ from torch import nn
 from rae.training.batch import Batch
 from rae.training.distributed import World
 from rae.training.overrides import differences
+from rae.training.recipe import Recipe
 from rae.training.run_settings import RunSettings
-from rae.training.trainer import TrainerConfig
+from rae.training.snapshots import SNAPSHOTS
+from rae.training.trainer import Report, Task, Trainer, TrainerConfig
 
 if TYPE_CHECKING:
     from rae.training.data.samples import Samples
@@ -23,28 +25,40 @@ if TYPE_CHECKING:
 RECIPE_FILE = "recipe.json"
 
 
-def trainer_config(
-    settings: RunSettings, num_steps: int, milestones: Sequence[int] = ()
-) -> TrainerConfig:
-    return TrainerConfig(
-        num_steps=num_steps,
+def run_task(
+    task: Task,
+    recipe: Recipe,
+    samples: Samples,
+    settings: RunSettings,
+    world: World,
+    report: Report,
+    *,
+    milestone_epochs: Sequence[float] = (),
+) -> None:
+    """All steps of `recipe` on `samples`, from the last snapshot in `settings.out` on; those of
+    `milestone_epochs` stay.
+
+    Raises StoppedError after a signal, DivergedError, OSError, and ValueError where batch,
+    processes and data do not fit.
+    """
+    config = TrainerConfig(
+        num_steps=recipe.num_steps(len(samples)),
         log_every=settings.log_every,
         sample_every=settings.sample_every,
         snapshot_every=settings.snapshot_every,
         keep=settings.keep,
-        milestones=frozenset(milestones),
+        milestones=frozenset(recipe.steps(epoch, len(samples)) for epoch in milestone_epochs),
         on_nonfinite=settings.on_nonfinite,
     )
 
+    def make_batches(start: int) -> Iterator[Sequence[Batch]]:
+        return step_batches(recipe, samples, settings, world, start)
+
+    Trainer(task, make_batches, config, world, settings.out, report).run()
+
 
 def step_batches(
-    samples: Samples,
-    settings: RunSettings,
-    world: World,
-    *,
-    seed: int,
-    batch_size: int,
-    start_step: int,
+    recipe: Recipe, samples: Samples, settings: RunSettings, world: World, start_step: int
 ) -> Iterator[Sequence[Batch]]:
     """The micro-batches of each step of this process, from `start_step` on.
 
@@ -52,18 +66,18 @@ def step_batches(
     """
     from rae.training.data.stream import batches
 
-    micro_batch = settings.micro_batch or max(1, batch_size // world.size)
+    micro_batch = settings.micro_batch or max(1, recipe.batch_size // world.size)
     one_by_one = batches(
         samples,
-        seed=seed,
-        batch_size=batch_size,
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
         micro_batch=micro_batch,
         world=world,
         start_step=start_step,
         num_workers=settings.num_workers,
     )
     while True:
-        yield list(islice(one_by_one, batch_size // (world.size * micro_batch)))
+        yield list(islice(one_by_one, recipe.batch_size // (world.size * micro_batch)))
 
 
 def compile_blocks(module: nn.Module) -> None:
@@ -75,7 +89,7 @@ def compile_blocks(module: nn.Module) -> None:
 
 
 def claim(folder: Path, recipe: Any, data: Mapping[str, Any]) -> None:  # noqa: ANN401
-    """Write down what `folder` is a run of, or compare where it is one.
+    """Write down what `folder` is a run of, or compare where it is one that has saved a snapshot.
 
     `recipe` is a dataclass; `data` says what it is trained on. Raises ValueError that names what
     differs, and for a folder that holds something else; OSError where it cannot be written.
@@ -83,12 +97,12 @@ def claim(folder: Path, recipe: Any, data: Mapping[str, Any]) -> None:  # noqa: 
     assert is_dataclass(recipe) and not isinstance(recipe, type)
     facts = json.loads(json.dumps({"recipe": asdict(recipe), "data": dict(data)}, default=str))
     path = folder / RECIPE_FILE
-    if path.exists():
-        found = differences(facts, json.loads(path.read_text()))
+    if path.exists() and any(folder.glob(f"**/{SNAPSHOTS}/step-*")):
+        found = differences(facts, read_claim(folder))
         if found:
             raise ValueError(f"{folder} holds another run ({'; '.join(found)}): take a new folder")
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()) and not path.exists():
         raise ValueError(f"{folder} is not empty, and holds no {RECIPE_FILE}: take a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".tmp")

@@ -114,6 +114,15 @@ class DecoderSettings(RunSettings):
             help="The frozen encoder, a transformers folder as published.", rich_help_panel=DATA
         ),
     ]
+    vgg: Annotated[
+        Path | None, typer.Option(help="Of LPIPS: vgg16-397923af.pth.", rich_help_panel=DATA)
+    ] = None
+    dino: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of the discriminator: dino_vit_small_patch8_224.pth.", rich_help_panel=DATA
+        ),
+    ] = None
     changes: Changes = None
 
 
@@ -154,5 +163,8 @@ class AssembleSettings:
     steps: Annotated[int, typer.Option(help="Default of requests.")] = 50
     cfg: Annotated[float, typer.Option(help="Default of requests.")] = 1.0
     guidance_method: Annotated[
-        Literal["cfg", "autoguidance"], typer.Option(help="Default of requests.")
-    ] = "cfg"
+        Literal["cfg", "autoguidance"] | None,
+        typer.Option(
+            help="Default of requests.", show_default="autoguidance with --guide, else cfg"
+        ),
+    ] = None

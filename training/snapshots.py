@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -23,6 +24,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from rae.training.distributed import World
 from rae.training.learner import Learner
 
+SNAPSHOTS = "snapshots"
+"""Their folder, in a run's."""
 NAME = re.compile(r"step-(\d{9})")
 PARTIAL = ".partial"
 
@@ -44,8 +47,7 @@ class Snapshots:
 
     def steps(self) -> list[int]:
         """Of whole snapshots, rising."""
-        found = [NAME.fullmatch(path.name) for path in self.folder.glob("step-*")]
-        return sorted(int(match[1]) for match in found if match)
+        return steps_in(self.folder)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:09}"
@@ -86,11 +88,7 @@ class Snapshots:
     def load(self, step: int) -> None:
         """Raises ValueError where the snapshot is of other modules."""
         state = self._state(0)
-        try:
-            with quietly():
-                load(state, checkpoint_id=self.path(step), no_dist=self.world.size == 1)
-        except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(f"{self.path(step)} does not fit this run: {error}") from error
+        read(self.path(step), state, alone=self.world.size == 1)
         for name, learner in self.learners.items():
             learner.load_state_dict(state[name])
 
@@ -103,6 +101,41 @@ class Snapshots:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(path)
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Of whole snapshots, rising."""
+    found = [NAME.fullmatch(path.name) for path in folder.glob("step-*")]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def find_snapshot(folder: Path, step: int | None) -> tuple[int, Path]:
+    """Of `step`, or the last one. Raises ValueError that names those that are there."""
+    steps = steps_in(folder)
+    if not steps or (step is not None and step not in steps):
+        found = ", ".join(map(str, steps)) or "none"
+        wanted = "" if step is None else f" of step {step}"
+        raise ValueError(f"{folder} has no snapshot{wanted}; there are: {found}")
+    step = steps[-1] if step is None else step
+    return step, folder / f"step-{step:09}"
+
+
+def read_averages(path: Path, name: str, module: nn.Module) -> None:
+    """Into `module`, of the learner `name`: nothing else of the snapshot is read.
+
+    Raises ValueError where it is of another module.
+    """
+    weights = {n: p.data for n, p in module.named_parameters() if p.requires_grad}
+    read(path, {name: {"ema": weights}}, alone=True)
+
+
+def read(path: Path, state: dict[str, Any], *, alone: bool) -> None:
+    """Into the tensors of `state`. Raises ValueError where they are not the snapshot's."""
+    try:
+        with quietly():
+            load(state, checkpoint_id=path, no_dist=alone)
+    except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} does not fit this run: {error}") from error
 
 
 @contextmanager

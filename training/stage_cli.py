@@ -17,8 +17,11 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, ImportError, ValueError) as error:
-        from rae.training.trainer import DivergedError
+        from rae.training.trainer import DivergedError, StoppedError
 
+        if isinstance(error, StoppedError):
+            typer.echo(str(error))
+            raise typer.Exit(128 + error.signal) from None
         if isinstance(error, RuntimeError) and not isinstance(error, DivergedError):
             raise
         typer.echo(f"Error: {error}", err=True)

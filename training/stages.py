@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import typer
-from torch import Tensor
 
 from rae.models.checkpoint import DECODER_FILE, load_autoencoder, load_rae
 from rae.models.checkpoint_config import AutoencoderConfig, SamplerDefaults, read_any_config
@@ -36,13 +35,13 @@ from rae.training.reports.report import Report, Silent
 from rae.training.reports.trackers import TensorBoard, Tracker, WeightsAndBiases
 from rae.training.run import claim
 from rae.training.run_settings import AssembleSettings, DecoderSettings, DiTSettings, RunSettings
+from rae.training.stage1.build_decoder import LossFiles
 from rae.training.stage1.decoder_recipe import DECODER_PRESETS, DecoderRecipe
 from rae.training.stage1.run_decoder import train_decoder
 from rae.training.stage2.presets import DIT_PRESETS, DiTRecipe
-from rae.training.stage2.run_dit import load_averages, train_dit, trained
+from rae.training.stage2.run_dit import load_averages, require_fit, train_dit, trained
 
 RUN = re.compile(r"(.+?)(?:@(\d+))?")
-INTERRUPTED = 130
 
 
 def run_decoder(settings: DecoderSettings) -> None:
@@ -50,17 +49,16 @@ def run_decoder(settings: DecoderSettings) -> None:
         recipe = override(preset_of(DECODER_PRESETS, settings.preset), settings.changes or [])
         source = open_dataset(settings.images)
         samples = ImageSamples(source, RandomCrop(recipe.model.image_size))
-        files = {
-            path.name: file_sha256(path) for path in sorted(settings.encoder.glob("*.safetensors"))
-        }
-        begin(settings, recipe, {"images": facts_of(source), "encoder": files}, world)
-        rae, config = new_rae(recipe, settings.encoder)
+        rae, config = new_rae(recipe, settings)
+        files = LossFiles(settings.vgg, settings.dino)
+        read = (*sorted(settings.encoder.glob("*.safetensors")), *filter(None, files))
+        hashes = {path.name: file_sha256(path) for path in read if path.is_file()}
+        begin(settings, recipe, {"images": facts_of(source), "weights": hashes}, world)
         with closing(report_of(settings, recipe, world)) as report:
-            weights = train_decoder(recipe, samples, rae, settings, world, report)
-        require_done(weights)
+            weights = train_decoder(recipe, samples, rae, settings, world, report, files)
         if world.is_first:
             rae.decoder = Decoder(recipe.model)  # the trained one may be sharded
-            rae.decoder.load_state_dict(cast(Mapping[str, Tensor], weights))
+            rae.decoder.load_state_dict(weights)
             out = settings.out / "checkpoint"
             assemble_autoencoder(out, config, rae.cpu(), settings.encoder)
             typer.echo(f"Wrote {out}; next: rae train stats, then rae train dit")
@@ -72,19 +70,24 @@ def run_dit(settings: DiTSettings) -> None:
         config, rae = open_rae(settings.rae, settings.statistics, settings.images is not None)
         samples, facts, classes = open_samples(settings, recipe)
         require_encoder_of(config, samples)
+        require_fit(recipe, samples, rae)
         facts["rae"] = config.sha256[DECODER_FILE]
         if settings.statistics is not None:
             facts["statistics"] = file_sha256(settings.statistics)
         begin(settings, recipe, facts, world)
         with closing(report_of(settings, recipe, world)) as report:
             weights = train_dit(recipe, samples, rae, settings, world, report)
-        require_done(weights)
         if world.is_first and isinstance(recipe.model, DiTDHConfig):
             out = settings.out / "checkpoint"
-            model = trained(recipe, cast(Mapping[str, Tensor], weights))
-            encoder = settings.rae / "encoder"
             assemble_checkpoint(
-                out, config, rae.cpu(), recipe, model, classes=classes, encoder=encoder
+                out,
+                config,
+                rae.cpu(),
+                recipe,
+                trained(recipe, weights),
+                classes=classes,
+                encoder=settings.rae / "encoder",
+                name=settings.out.resolve().name,
             )
             typer.echo(f"Wrote {out}; next: rae serve --model {out}")
 
@@ -103,10 +106,13 @@ def run_assemble(settings: AssembleSettings) -> None:
         model,
         guide=load_averages(*run_of(settings.guide))[1] if settings.guide else None,
         defaults=SamplerDefaults(
-            steps=settings.steps, cfg=settings.cfg, guidance_method=settings.guidance_method
+            steps=settings.steps,
+            cfg=settings.cfg,
+            guidance_method=settings.guidance_method
+            or ("autoguidance" if settings.guide else "cfg"),
         ),
         encoder=settings.rae / "encoder",
-        name=settings.name,
+        name=settings.name or out.resolve().name,
     )
     typer.echo(f"Wrote {out}, of step {step:,}; next: rae serve --model {out}")
 
@@ -148,34 +154,29 @@ def report_of(
     )
 
 
-def require_done(weights: object) -> None:
-    if weights is None:
-        typer.echo("Stopped, and saved: the same command goes on.")
-        raise typer.Exit(INTERRUPTED)
-
-
 def facts_of(source: ImageSource) -> dict[str, Any]:
     return {"number": len(source), "sha256_of_names": fingerprint(source)}
 
 
-def new_rae(recipe: DecoderRecipe, encoder: Path) -> tuple[RAE, AutoencoderConfig]:
+def new_rae(recipe: DecoderRecipe, settings: DecoderSettings) -> tuple[RAE, AutoencoderConfig]:
     """With an untrained decoder, and latents as the encoder gives them. Raises ValueError."""
+    folder = settings.encoder
     image_mean, image_std = NORMALISATION[recipe.encoder.kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         rae = RAE(recipe.model, image_mean=image_mean, image_std=image_std)
-    rae.encoder = load_encoder(recipe.encoder, encoder)
+    rae.encoder = load_encoder(recipe.encoder, folder)
     made = rae.encoder.latent_shape
     taken = (recipe.model.latent_channels, recipe.model.grid, recipe.model.grid)
     if made != taken:
-        raise ValueError(f"{encoder} makes latents {made}, the decoder takes {taken}")
+        raise ValueError(f"{folder} makes latents {made}, the decoder takes {taken}")
     config = AutoencoderConfig(
-        name=recipe.encoder.name or recipe.encoder.kind,
+        name=settings.out.resolve().name,
         decoder=recipe.model,
-        encoder=recipe.encoder,
+        encoder=replace(recipe.encoder, name=folder.resolve().name),
         image_mean=image_mean,
         image_std=image_std,
-        source="trained by `rae train decoder`",
+        source=f"trained by `rae train decoder {settings.preset}`",
         notes={"decoder_recipe": asdict(recipe)},
     )
     return rae, config
@@ -196,7 +197,18 @@ def open_rae(
         decoder = rae.decoder.config
         shape = (decoder.latent_channels, decoder.grid, decoder.grid)
         rae.latents_mean, rae.latents_var = read_statistics(statistics, shape)
+    elif is_unmeasured(rae):
+        raise ValueError(
+            f"{folder} has no statistics of its latents: `rae train stats` makes them, and "
+            "--statistics takes them"
+        )
     return config, rae
+
+
+def is_unmeasured(rae: RAE) -> bool:
+    """As a decoder's training leaves it: nothing is subtracted, nothing divided by."""
+    mean = rae.latents_mean
+    return mean is not None and not mean.any() and bool((rae.latents_var == 1).all())
 
 
 def require_encoder_of(config: AutoencoderConfig, samples: Samples) -> None:

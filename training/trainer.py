@@ -11,16 +11,19 @@ from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rae.training.batch import Batch
 from rae.training.distributed import World
 from rae.training.learner import Learner
-from rae.training.snapshots import Snapshots
+from rae.training.snapshots import SNAPSHOTS, Snapshots
 
 MAX_SKIPPED = 10
 """Steps in a row without a finite gradient: more are no accident."""
+MAX_KEPT = 10
+"""Batches without a finite gradient that a folder keeps: the disk is for snapshots."""
 
 MakeBatches = Callable[[int], Iterator[Sequence[Batch]]]
 """From a step on: the micro-batches of each step, of this process."""
@@ -55,6 +58,14 @@ class DivergedError(RuntimeError):
     """The loss or its gradient is no longer a number."""
 
 
+class StoppedError(RuntimeError):
+    """A signal has ended the run before its last step; its state is saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("stopped, and saved: the same command goes on")
+        self.signal = number
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Numbers of steps. `on_nonfinite`: stop, or leave the step out; the batch is saved."""
@@ -86,7 +97,7 @@ class Trainer:
         self.task, self.make_batches, self.config = task, make_batches, config
         self.world, self.folder, self.report = world, folder, report
         self.snapshots = Snapshots(
-            folder / "snapshots",
+            folder / SNAPSHOTS,
             task.learners,
             world,
             keep=config.keep,
@@ -96,23 +107,23 @@ class Trainer:
         self.num_images = self.num_skipped = self.skipped_in_a_row = 0
         self.stop_signal: int | None = None
 
-    def run(self) -> bool:
-        """Whether all steps are done: False where a signal has ended it.
-
-        Raises DivergedError, and OSError where the last snapshot cannot be written.
-        """
-        start = self._resume()
-        if start < self.config.num_steps:
-            self.report.start(start, self.config.num_steps)
-            with self._signals():
-                batches = self.make_batches(start)
-                for step in range(start, self.config.num_steps):
-                    if self._step(step, next(batches)):
-                        return step + 1 == self.config.num_steps
-        return True
+    def run(self) -> None:
+        """To the last step. Raises StoppedError after a signal, DivergedError, ValueError for
+        another run's snapshot, and OSError where the last snapshot cannot be written."""
+        start, num_steps = self._resume(), self.config.num_steps
+        if start >= num_steps:
+            self.report.event(f"all {num_steps:,} steps were done before")
+            return
+        self.report.start(start, num_steps)
+        with self._signals():
+            batches = self.make_batches(start)
+            for step in range(start, num_steps):
+                stops = self._step(step, next(batches))
+                if stops and step + 1 < num_steps:
+                    raise StoppedError(self.stop_signal or signal.SIGTERM)
 
     def _step(self, step: int, batches: Sequence[Batch]) -> bool:
-        """One step and what is due after it; whether the run ends."""
+        """One step and what is due after it; whether a signal ends the run, in any process."""
         batches = [batch.to(self.world.device) for batch in batches]
         metrics = self.task.train_step(batches, step)
         nonfinite = not torch.stack(list(metrics.values())).isfinite().all()
@@ -135,7 +146,7 @@ class Trainer:
                 self.report.samples(done, images)
         if ends or done % self.config.snapshot_every == 0 or done in self.config.milestones:
             self._save(done, must=ends)
-        return ends
+        return stops
 
     def _log(self, done: int) -> None:
         """Means since the last time, over all processes."""
@@ -157,15 +168,26 @@ class Trainer:
     ) -> None:
         """The weights are as they were: a learner takes no step without a finite gradient."""
         values = ", ".join(f"{name} {value.item():g}" for name, value in metrics.items())
-        path = self.folder / "nonfinite" / f"step-{step:09}-rank-{self.world.rank}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors_of(batches), path, {"metrics": values})
         self.skipped_in_a_row += 1
-        text = f"step {step} is not finite ({values}); its batch: {path}"
+        kept = self._keep(step, batches, values)
+        text = f"step {step} is not finite ({values}); its batch: {kept}"
         if self.config.on_nonfinite == "stop" or self.skipped_in_a_row > MAX_SKIPPED:
             raise DivergedError(text)
         if self.world.is_first:
             self.report.event(f"{text}; it was left out")
+
+    def _keep(self, step: int, batches: Sequence[Batch], values: str) -> str:
+        """Where it lies now, or why it does not."""
+        folder = self.folder / "nonfinite"
+        path = folder / f"step-{step:09}-rank-{self.world.rank}.safetensors"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if len(list(folder.glob(f"*-rank-{self.world.rank}.*"))) >= MAX_KEPT:
+                return f"not kept, {folder} has {MAX_KEPT} already"
+            save_file(tensors_of(batches), path, {"metrics": values})
+        except (OSError, SafetensorError) as error:
+            return f"not kept, {error}"
+        return str(path)
 
     def _save(self, done: int, *, must: bool) -> None:
         try:
@@ -177,11 +199,13 @@ class Trainer:
                 self.report.event(f"{error}; training goes on, the snapshots before stay")
 
     def _resume(self) -> int:
-        steps = self.snapshots.steps()
-        if not steps:
-            return 0
-        self.snapshots.load(steps[-1])
-        return steps[-1]
+        """The step of the first process's last snapshot: on a shared disk others may see it later,
+        or an older one. 0 without any."""
+        steps = self.snapshots.steps() if self.world.is_first else []
+        step = int(self.world.sum(torch.tensor(max(steps, default=0), device=self.world.device)))
+        if step:
+            self.snapshots.load(step)
+        return step
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

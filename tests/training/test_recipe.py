@@ -56,7 +56,9 @@ def test_an_unknown_preset_is_refused() -> None:
 @pytest.mark.parametrize("name", ["digits", "DiT-S-256"])
 def test_a_folder_is_of_one_run(tmp_path: Path, name: str) -> None:
     recipe = DIT_PRESETS[name]
-    claim(tmp_path / "run", recipe, {"images": 7})
+    claim(tmp_path / "run", recipe, {"images": 1})
+    claim(tmp_path / "run", recipe, {"images": 7})  # nothing was saved: it is another run now
+    (tmp_path / "run" / "snapshots" / "step-000000001").mkdir(parents=True)
     claim(tmp_path / "run", recipe, {"images": 7})
     assert read_recipe(tmp_path / "run") == recipe
     with pytest.raises(ValueError, match=r"holds another run \(recipe.seed: 1, not 0; data.images"):

@@ -56,7 +56,7 @@ def weights_of(trainer: Trainer) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     trainer, lines = make_trainer(tmp_path_factory.mktemp("run"))
-    assert trainer.run()
+    trainer.run()
     losses = [metrics["loss"] for _, metrics in lines.metrics]
     assert len(losses) == STEPS
     assert len(set(losses)) == STEPS
@@ -82,7 +82,7 @@ def test_a_run_resumed_at_any_step_ends_in_the_same_bits(
         if int(path.name[5:]) != cut:
             path.rename(path.with_suffix(".partial"))
     second, lines = make_trainer(tmp_path)
-    assert second.run()
+    second.run()
     assert lines.lines == [f"start {cut} of {STEPS}"]
     assert same(weights_of(second), undisturbed)
     assert not list(tmp_path.glob("snapshots/*.partial"))
@@ -91,8 +91,8 @@ def test_a_run_resumed_at_any_step_ends_in_the_same_bits(
 def test_a_run_that_is_done_is_not_done_again(tmp_path: Path) -> None:
     make_trainer(tmp_path)[0].run()
     again, lines = make_trainer(tmp_path)
-    assert again.run()
-    assert lines.lines == []
+    again.run()
+    assert lines.lines == ["all 6 steps were done before"]
 
 
 def test_accumulation_is_one_larger_batch(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
@@ -141,7 +141,7 @@ def test_a_step_that_is_no_number_stops_the_run_and_its_batch_is_kept(tmp_path: 
 def test_a_step_that_is_no_number_can_be_left_out(tmp_path: Path) -> None:
     options: Any = {"make_batches": with_nan(range(2, 3)), "on_nonfinite": "skip"}
     trainer, lines = make_trainer(tmp_path, **options)
-    assert trainer.run()
+    trainer.run()
     assert trainer.task.learners["dit"].num_updates == STEPS - 1
     assert "it was left out" in lines.lines[-1]
     assert [step for step, metrics in lines.metrics if "loss" in metrics] == [1, 2, 4, 5, 6]
@@ -165,7 +165,7 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_ones_before(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(snapshots, "save", full)
-    assert trainer.run()
+    trainer.run()
     assert trainer.snapshots.steps() == [2, 6]
     assert "No space left on device; training goes on" in lines.lines[-1]
     assert same(weights_of(trainer), undisturbed)
@@ -250,7 +250,7 @@ def test_sigterm_saves_and_ends(tmp_path: Path, undisturbed: dict[str, Tensor]) 
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
+    assert "StoppedError: stopped, and saved" in output
     (snapshot,) = (tmp_path / "ddp" / "snapshots").iterdir()
     assert 1 < int(snapshot.name[5:]) < STEPS
     finish(start(tmp_path, f"--steps={STEPS}"))

@@ -162,9 +162,9 @@ def run(args: argparse.Namespace, world: World, strategy: Strategy, folder: Path
         folder,
         Lines(),
     )
-    done = trainer.run()
+    trainer.run()
     final = weights(learner)
-    if done and world.is_first:
+    if world.is_first:
         save_file(final, folder / "weights.safetensors")
 
 

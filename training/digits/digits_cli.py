@@ -37,7 +37,6 @@ def train(
     from rae.training.digits.pipeline import DigitsRecipe, train_digits
     from rae.training.distributed import joined
     from rae.training.reports.report import Report
-    from rae.training.stages import INTERRUPTED
 
     settings = RunSettings(
         out=out,
@@ -53,9 +52,7 @@ def train(
             console.print(name)
             return reports.enter_context(closing(Report(folder, console=console)))
 
-        if not train_digits(out, DigitsRecipe(seed=seed), settings, world, make_report):
-            console.print("Stopped, and saved: the same command goes on.")
-            raise typer.Exit(INTERRUPTED)
+        train_digits(out, DigitsRecipe(seed=seed), settings, world, make_report)
     checkpoint = out / "checkpoint"
     console.print(f"Wrote {checkpoint}. Measure it: rae eval digits --checkpoint {checkpoint}")
 

@@ -6,6 +6,7 @@ Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", 
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,9 +90,10 @@ def write_digits(folder: Path, copies: int, seed: int) -> None:
     """The training scans as a data set: FOLDER/<label>/<scan>-<copy>.png, 32×32; copy 0 is the
     scan as it is, the `copies` others are moved and turned. A whole folder is left as it is."""
     digits, _ = split_digits()
-    done = folder / "done"
-    if done.exists():
+    done, made = folder / "done", f"{copies} copies, seed {seed}\n"
+    if done.exists() and done.read_text() == made:
         return
+    shutil.rmtree(folder, ignore_errors=True)
     for copy in range(copies + 1):
         moved = random_transforms(len(digits), generator("cpu", seed, copy)) if copy else None
         pictures = to_uint8(render(digits.scans, moved)).permute(0, 2, 3, 1).numpy()
@@ -99,3 +101,4 @@ def write_digits(folder: Path, copies: int, seed: int) -> None:
             path = folder / f"{label}-{CLASS_NAMES[label]}" / f"{scan:04}-{copy:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path, compress_level=1)
+    done.write_text(made)

@@ -19,9 +19,9 @@ from rae.training.draws import generators
 from rae.training.learner import Learner
 from rae.training.precision import Precision, autocast, set_matmul_precision
 from rae.training.recipe import Recipe
-from rae.training.run import step_batches, trainer_config
+from rae.training.run import run_task
 from rae.training.run_settings import RunSettings
-from rae.training.trainer import Report, Trainer
+from rae.training.trainer import Report
 
 IMAGE_MEAN = (0.5, 0.5, 0.5)
 IMAGE_STD = (0.5, 0.5, 0.5)
@@ -87,9 +87,9 @@ class MAETask:
 
 def train_mae(
     recipe: MAERecipe, samples: Samples, settings: RunSettings, world: World, report: Report
-) -> bool:
-    """Whether the run is done and OUT/vit written: the averaged encoder as transformers has it,
-    without the decoder that masked patches were predicted with."""
+) -> None:
+    """Write OUT/vit: the averaged encoder as transformers has it, without the decoder that masked
+    patches were predicted with. Raises what `run_task` raises."""
     set_matmul_precision(settings.precision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
@@ -103,27 +103,8 @@ def train_mae(
         ema_rises=recipe.ema_rises,
         strategy=settings.strategy,
     )
-    trainer = Trainer(
-        MAETask(learner, recipe.seed, settings.precision),
-        lambda start: step_batches(
-            samples,
-            settings,
-            world,
-            seed=recipe.seed,
-            batch_size=recipe.batch_size,
-            start_step=start,
-        ),
-        trainer_config(settings, recipe.num_steps(len(samples))),
-        world,
-        settings.out,
-        report,
-    )
-    if not trainer.run():
-        return False
-    weights = learner.averages()
-    if world.is_first:
-        mae.load_state_dict(weights)
-        disable_progress_bar()  # of one file that takes no time
-        mae.vit.save_pretrained(settings.out / "vit")
-    world.barrier()
-    return True
+    task = MAETask(learner, recipe.seed, settings.precision)
+    run_task(task, recipe, samples, settings, world, report)
+    mae.load_state_dict(learner.averages())
+    disable_progress_bar()  # of one file that takes no time
+    mae.vit.save_pretrained(settings.out / "vit")

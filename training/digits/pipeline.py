@@ -134,11 +134,14 @@ def train_digits(
     settings: RunSettings,
     world: World,
     make_report: MakeReport,
-) -> bool:
-    """Whether OUT/checkpoint was written: False where a signal has ended a stage.
+) -> None:
+    """Write OUT/checkpoint, by one process.
 
-    Raises ValueError for a folder of another run, DivergedError, OSError.
+    Raises ValueError for a folder of another run and for several processes, and what `run_task`
+    raises.
     """
+    if world.size > 1:
+        raise ValueError(f"{world.size} processes: the digits are trained by one")
     recipe = recipe.seeded()
     claim(out, recipe, {})
     write_digits(out / "images", recipe.copies, recipe.seed)
@@ -148,35 +151,29 @@ def train_digits(
     def run(name: str) -> tuple[RunSettings, World, Report]:
         return replace(settings, out=out / name), world, make_report(name, out / name)
 
-    if not train_mae(recipe.encoder, samples, *run("encoder")):
-        return False
+    train_mae(recipe.encoder, samples, *run("encoder"))
     rae = make_rae(recipe.decoder, out / "encoder" / "vit")
-    weights = train_decoder(recipe.decoder, samples, rae, *run("decoder"))
-    if weights is None:
-        return False
-    rae.decoder.load_state_dict(weights)
+    rae.decoder.load_state_dict(train_decoder(recipe.decoder, samples, rae, *run("decoder")))
     latents = encode(samples, rae, out / "latents", world, settings)
     measured = measure_shards(latents, world, batch_size=ENCODE_BATCH, on_batch=lambda _: None)
     rae.latents_mean = measured.statistics.mean.float()
     rae.latents_var = measured.statistics.var.float()
-    models = []
-    for name, stage in (("dit", recipe.dit), ("guide", recipe.guide)):
-        weights = train_dit(stage, latents, rae, *run(name))
-        if weights is None:
-            return False
-        models.append(trained(stage, weights))
+    stages = {"dit": recipe.dit, "guide": recipe.guide}
+    models = {
+        name: trained(stage, train_dit(stage, latents, rae, *run(name)))
+        for name, stage in stages.items()
+    }
     assemble_checkpoint(
         out / "checkpoint",
         autoencoder_config(recipe, settings),
         rae,
         recipe.dit,
-        models[0],
-        guide=models[1],
+        models["dit"],
+        guide=models["guide"],
         classes=CLASS_NAMES,
         defaults=SamplerDefaults(steps=50, cfg=recipe.cfg),
         encoder=out / "encoder" / "vit",
     )
-    return True
 
 
 def make_rae(recipe: DecoderRecipe, encoder: Path) -> RAE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -24,6 +25,16 @@ from rae.training.stage1.features import (
 from rae.training.stage1.perceptual import VGG_FILE, PerceptualLoss, encoder_distance, load_lpips
 
 
+class LossFiles(NamedTuple):
+    """Published weights that a loss looks through: LPIPS' VGG, the discriminator's DINO."""
+
+    vgg: Path | None = None
+    dino: Path | None = None
+
+
+NO_FILES = LossFiles()
+
+
 def build_decoder_task(
     recipe: DecoderRecipe,
     rae: RAE,
@@ -33,6 +44,7 @@ def build_decoder_task(
     precision: Precision = "fp32",
     strategy: Strategy = "ddp",
     sample_images: Tensor | None = None,
+    files: LossFiles = NO_FILES,
 ) -> DecoderTask:
     """For `num_images` in an epoch. The heads are small and always replicated.
 
@@ -41,8 +53,8 @@ def build_decoder_task(
     """
     rae = rae.to(world.device).requires_grad_(False)
     rae.decoder.requires_grad_(True)
-    perceptual = build_perceptual(recipe, rae, world)
-    adversary = build_adversary(recipe, rae, world, num_images)
+    perceptual = build_perceptual(recipe, rae, world, files.vgg)
+    adversary = build_adversary(recipe, rae, world, num_images, files.dino)
     decoder = Learner(
         rae.decoder,
         world,
@@ -77,10 +89,12 @@ def build_objective(recipe: DecoderRecipe, num_images: int) -> DecoderObjective:
     )
 
 
-def build_perceptual(recipe: DecoderRecipe, rae: RAE, world: World) -> PerceptualLoss | None:
+def build_perceptual(
+    recipe: DecoderRecipe, rae: RAE, world: World, vgg: Path | None = None
+) -> PerceptualLoss | None:
     match recipe.perceptual:
         case "lpips":
-            path = weights_file(recipe.vgg_weights, VGG_FILE, "vgg_weights", "perceptual")
+            path = weights_file(vgg, VGG_FILE, "--vgg", "perceptual")
             return load_lpips(path, world.device)
         case "encoder":
             return encoder_distance(EncoderFeatures(rae))
@@ -89,12 +103,12 @@ def build_perceptual(recipe: DecoderRecipe, rae: RAE, world: World) -> Perceptua
 
 
 def build_adversary(
-    recipe: DecoderRecipe, rae: RAE, world: World, num_images: int
+    recipe: DecoderRecipe, rae: RAE, world: World, num_images: int, dino: Path | None = None
 ) -> Adversary | None:
     features: Features
     match recipe.discriminator:
         case "dino":
-            path = weights_file(recipe.dino_weights, DINO_FILE, "dino_weights", "discriminator")
+            path = weights_file(dino, DINO_FILE, "--dino", "discriminator")
             vit = build_dino()
             load_dino(vit, path)
             features = DinoFeatures(vit).to(world.device)
@@ -112,12 +126,12 @@ def build_adversary(
     return Adversary(features, heads)
 
 
-def weights_file(path: str | None, what: str, key: str, option: str) -> Path:
+def weights_file(path: Path | None, what: str, flag: str, key: str) -> Path:
     """Raises ValueError that says which file it is, where it is published and what takes it."""
-    if path is None or not Path(path).is_file():
+    if path is None or not path.is_file():
         found = "no file is given" if path is None else f"{path} is not a file"
         raise ValueError(
-            f"{found} for {what}. Download it and give its path with --set {key}=FILE; "
-            f"small runs can do with --set {option}=encoder, or none"
+            f"{found} for {what}. Download it and give its path with {flag}; "
+            f"small runs can do with --set {key}=encoder, or none"
         )
-    return Path(path)
+    return path

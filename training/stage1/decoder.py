@@ -32,6 +32,10 @@ from rae.training.stage1.discriminator import DiscriminatorHeads
 from rae.training.stage1.features import Features
 from rae.training.stage1.perceptual import PerceptualLoss
 
+HEADS_METRICS = (
+    *("discriminator", "logits_real", "logits_fake", "accuracy"),
+    *("lr_discriminator", "grad_norm_discriminator"),
+)
 # Purposes of random numbers, apart from each other and from those of data and of stage 2.
 NOISE, AUGMENT_GENERATED, AUGMENT_FAKE, AUGMENT_REAL = 11, 12, 13, 14
 
@@ -225,10 +229,9 @@ class DecoderTask:
                 }
             )
         if not rows:
-            names = ("discriminator", "logits_real", "logits_fake", "accuracy")
-            return dict.fromkeys((*names, "lr_discriminator"), torch.zeros_like(lr))
-        learner.update()
-        return {**means(rows), "lr_discriminator": lr}
+            return dict.fromkeys(HEADS_METRICS, torch.zeros_like(lr))
+        norm = learner.update()
+        return {**means(rows), "lr_discriminator": lr, "grad_norm_discriminator": norm}
 
     @torch.no_grad()
     def _maps(self, features: Features, sample: Sample) -> tuple[list[Tensor], list[Tensor]]:

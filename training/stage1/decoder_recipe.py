@@ -23,8 +23,8 @@ class DecoderRecipe(Recipe):
     in epoch 6 and ends 10/16 through. The paper and the authors' XLA branch say betas of .5 and
     .9, their GPU code .9 and .95. `tau` bounds the noise of the latents.
 
-    `perceptual` "lpips" reads `vgg_weights` and `discriminator` "dino" `dino_weights`, both local
-    files; "encoder" looks through the RAE's own encoder instead, and "none" leaves the term out.
+    `perceptual` "lpips" and `discriminator` "dino" read local files of weights; "encoder" looks
+    through the RAE's own encoder instead, and "none" leaves the term out.
     """
 
     model: DecoderConfig
@@ -38,12 +38,10 @@ class DecoderRecipe(Recipe):
     perceptual: Perceptual = "lpips"
     perceptual_weight: float = 1.0
     perceptual_start_epoch: float = 0.0
-    vgg_weights: str | None = None
     discriminator: Discriminator = "dino"
     discriminator_start_epoch: float = 6.0
     adversarial_weight: float = 0.75
     adversarial_start_epoch: float = 8.0
-    dino_weights: str | None = None
     augment: bool = True
 
     may_be_zero: ClassVar[tuple[str, ...]] = (

@@ -12,11 +12,11 @@ from rae.training.data.samples import Samples
 from rae.training.data.transforms import UnreadableError
 from rae.training.distributed import World
 from rae.training.precision import set_matmul_precision
-from rae.training.run import compile_blocks, step_batches, trainer_config
+from rae.training.run import compile_blocks, run_task
 from rae.training.run_settings import RunSettings
-from rae.training.stage1.build_decoder import build_decoder_task
+from rae.training.stage1.build_decoder import NO_FILES, LossFiles, build_decoder_task
 from rae.training.stage1.decoder_recipe import DecoderRecipe
-from rae.training.trainer import Report, Trainer
+from rae.training.trainer import Report
 
 SHOWN = 8
 
@@ -28,12 +28,12 @@ def train_decoder(
     settings: RunSettings,
     world: World,
     report: Report,
-) -> dict[str, Tensor] | None:
-    """The averaged weights, in the first process; None where a signal has ended the run, to be
-    gone on with.
+    files: LossFiles = NO_FILES,
+) -> dict[str, Tensor]:
+    """The averaged weights, in the first process; the others have none.
 
     `rae` has the encoder, and the decoder that is trained.
-    Raises ValueError where images, RAE and recipe do not fit, DivergedError, OSError.
+    Raises ValueError where images, RAE, recipe and files do not fit, and what `run_task` raises.
     """
     if samples.field != "images" or rae.encoder is None:
         raise ValueError("a decoder learns from images, by an encoder: both are needed")
@@ -48,25 +48,19 @@ def train_decoder(
             precision=settings.precision,
             strategy=settings.strategy,
             sample_images=shown(samples),
+            files=files,
+        )
+    objective, num_steps = task.objective, recipe.num_steps(len(samples))
+    if task.adversary is not None and objective.discriminator_start >= num_steps:
+        report.event(
+            f"the discriminator would start after {objective.discriminator_start:,} steps, the run "
+            f"has {num_steps:,}: it does not learn. --set discriminator_start_epoch and "
+            "adversarial_start_epoch change that"
         )
     if settings.compile:
         compile_blocks(rae.decoder)
-    trainer = Trainer(
-        task,
-        lambda start: step_batches(
-            samples,
-            settings,
-            world,
-            seed=recipe.seed,
-            batch_size=recipe.batch_size,
-            start_step=start,
-        ),
-        trainer_config(settings, recipe.num_steps(len(samples))),
-        world,
-        settings.out,
-        report,
-    )
-    return task.decoder.averages() if trainer.run() else None
+    run_task(task, recipe, samples, settings, world, report)
+    return task.decoder.averages()
 
 
 def shown(samples: Samples) -> Tensor:

@@ -18,12 +18,12 @@ from rae.training.data.samples import Samples
 from rae.training.distributed import World
 from rae.training.learner import Learner
 from rae.training.precision import set_matmul_precision
-from rae.training.run import compile_blocks, read_claim, step_batches, trainer_config
+from rae.training.run import compile_blocks, read_claim, run_task
 from rae.training.run_settings import RunSettings
-from rae.training.snapshots import Snapshots
+from rae.training.snapshots import SNAPSHOTS, find_snapshot, read_averages
 from rae.training.stage2.dit_dh import DiTTask, FlowMatching
 from rae.training.stage2.presets import DiTRecipe
-from rae.training.trainer import Report, Trainer
+from rae.training.trainer import Report
 
 NAME = "dit"
 SAMPLES, SAMPLE_STEPS = 32, 50
@@ -77,14 +77,18 @@ def train_dit(
     settings: RunSettings,
     world: World,
     report: Report,
-) -> dict[str, Tensor] | None:
-    """The averaged weights, in the first process; None where a signal has ended the run, to be
-    gone on with.
+) -> dict[str, Tensor]:
+    """The averaged weights, in the first process; the others have none.
 
     `rae` encodes where `samples` are images.
-    Raises ValueError where data, RAE and model do not fit, DivergedError, OSError.
+    They must fit: see `require_fit`. Raises what `run_task` raises.
     """
-    require_fit(recipe, samples, rae)
+    if samples.num_classes < recipe.model.num_classes:
+        report.event(
+            f"the data have {samples.num_classes:,} classes, the model has "
+            f"{recipe.model.num_classes:,}: the others learn nothing. "
+            f"--set model.num_classes={samples.num_classes} leaves them out"
+        )
     set_matmul_precision(settings.precision)
     rae = rae.to(world.device)
     learner = Learner[nn.Module](
@@ -105,26 +109,9 @@ def train_dit(
         precision=settings.precision,
         draw_samples=Sampler(recipe, rae, world.device),
     )
-    trainer = Trainer(
-        task,
-        lambda start: step_batches(
-            samples,
-            settings,
-            world,
-            seed=recipe.seed,
-            batch_size=recipe.batch_size,
-            start_step=start,
-        ),
-        trainer_config(
-            settings,
-            recipe.num_steps(len(samples)),
-            [recipe.steps(epoch, len(samples)) for epoch in recipe.milestone_epochs],
-        ),
-        world,
-        settings.out,
-        report,
-    )
-    return learner.averages() if trainer.run() else None
+    epochs = recipe.milestone_epochs
+    run_task(task, recipe, samples, settings, world, report, milestone_epochs=epochs)
+    return learner.averages()
 
 
 def require_fit(recipe: DiTRecipe, samples: Samples, rae: RAE) -> None:
@@ -161,22 +148,10 @@ def load_averages(run: Path, step: int | None = None) -> tuple[DiTRecipe, DiTDH 
     """The recipe, the model with its averaged weights, and the step of a run's snapshot, the last
     or that of `step`. Raises ValueError for a run without it."""
     recipe = read_recipe(run)
-    world = World(0, 1, torch.device("cpu"))
-    learner = Learner[nn.Module](
-        build(recipe.model, recipe.seed),
-        world,
-        recipe.adamw,
-        recipe.lr_schedule(recipe.batch_size),
-        ema_decay=recipe.ema_decay,
-    )
-    snapshots = Snapshots(run / "snapshots", {NAME: learner}, world)
-    steps = snapshots.steps()
-    if not steps or (step is not None and step not in steps):
-        found = ", ".join(map(str, steps)) or "none"
-        raise ValueError(f"{run} has no snapshot of step {step}; there are: {found}")
-    step = steps[-1] if step is None else step
-    snapshots.load(step)
-    return recipe, trained(recipe, learner.averages()), step
+    model = build(recipe.model, recipe.seed)
+    step, path = find_snapshot(run / SNAPSHOTS, step)
+    read_averages(path, NAME, model)
+    return recipe, model.eval(), step
 
 
 def trained(recipe: DiTRecipe, weights: Mapping[str, Tensor]) -> DiTDH | DiT:
