@@ -32,7 +32,7 @@ from rae.training.overrides import override
 from rae.training.planning.flops import model_flops
 from rae.training.planning.gpus import world_peak_flops
 from rae.training.recipe import Recipe, preset_of
-from rae.training.reports.report import Report, Silent
+from rae.training.reports.report import RunReport, Silent
 from rae.training.reports.trackers import TensorBoard, Tracker, WeightsAndBiases
 from rae.training.run import claim
 from rae.training.run_settings import AssembleSettings, DecoderSettings, DiTSettings, RunSettings
@@ -131,7 +131,7 @@ def begin(settings: RunSettings, recipe: Recipe, facts: Mapping[str, Any], world
 
 def report_of(
     settings: RunSettings, recipe: DecoderRecipe | DiTRecipe, world: World
-) -> Report | Silent:
+) -> RunReport | Silent:
     """MFU counts the trained model alone. Raises ImportError for a tracker that is not there."""
     if not world.is_first:
         return Silent()
@@ -140,7 +140,7 @@ def report_of(
         trackers.append(TensorBoard(settings.out / "tensorboard"))
     if settings.wandb is not None:
         trackers.append(WeightsAndBiases(settings.out, settings.wandb, asdict(recipe)))
-    return Report(
+    return RunReport(
         settings.out,
         flops_per_image=model_flops(recipe.model).step,
         peak_flops=world_peak_flops(world, settings.precision),
