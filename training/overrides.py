@@ -33,12 +33,12 @@ def override(config: T, assignments: Sequence[str]) -> T:
     return _apply(config, changes)
 
 
-def assignments(config: Any, prefix: str = "") -> Iterator[str]:  # noqa: ANN401
+def to_assignments(config: Any, prefix: str = "") -> Iterator[str]:  # noqa: ANN401
     """`key=value` of each field, as `override` takes them."""
     for field in fields(config):
         value = getattr(config, field.name)
         if is_dataclass(value):
-            yield from assignments(value, f"{prefix}{field.name}.")
+            yield from to_assignments(value, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}={text_of(value)}"
 
@@ -52,7 +52,7 @@ def text_of(value: object) -> str:
 
 def kind_of(config: Any, path: Sequence[str]) -> Any:  # noqa: ANN401
     """The type of a field that has no parts."""
-    owner = "the recipe"
+    owner, kind = "the recipe", type(config)
     for name in path:
         if not is_dataclass(config):
             raise ValueError(f"{owner} has no parts")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rae.training.overrides import assignments, differences, override
+from rae.training.overrides import differences, override, to_assignments
 from rae.training.planning.plan import PRESETS
 from rae.training.stage2.presets import DIT_PRESETS
 
@@ -76,12 +76,12 @@ def test_what_is_wrong_is_named(assignment: str, words: str) -> None:
 def test_a_recipe_as_assignments_is_the_recipe(name: str) -> None:
     recipe = PRESETS[name]
     other = replace(recipe, lr=1.0, seed=9, clip_norm=3.0, betas=(0.1, 0.2))
-    assert override(other, list(assignments(recipe))) == recipe
+    assert override(other, list(to_assignments(recipe))) == recipe
 
 
 def test_assignments_are_text_of_every_type() -> None:
     recipe = replace(XL, milestone_epochs=(14.0, 20.5), clip_norm=None)
-    lines = set(assignments(recipe))
+    lines = set(to_assignments(recipe))
     expected = {"milestone_epochs=14.0,20.5", "clip_norm=none", "horizontal_flip=true"}
     assert expected | {"lr_shape=linear", "model.depth=28", "final_lr=2e-05"} <= lines
 

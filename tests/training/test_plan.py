@@ -76,6 +76,12 @@ def test_a_decoder_costs_more_once_its_discriminator_learns_and_is_heard() -> No
     assert published.flops == 512 * 2502 * (6 * first + 2 * second + 8 * third)
 
 
+def test_a_decoder_takes_a_step_at_least() -> None:
+    published = plan("DINOv2-B-256")
+    short = replace(published, recipe=replace(published.recipe, epochs=1e-5, warmup_epochs=0.0))
+    assert [phase.num_steps for phase in short.phases] == [short.num_steps] == [1]
+
+
 def test_a_decoder_that_is_judged_by_its_encoder_needs_no_other_network() -> None:
     published = plan("DINOv2-B-256")
     recipe = replace(published.recipe, perceptual="encoder", discriminator="none")
@@ -168,6 +174,8 @@ def test_the_command_says_what_fits_instead() -> None:
     code, text = run("DiTDH-XL-256", "--gpu", "L4", "--gpus", "2")
     assert code == 1
     assert "Does not fit even with a micro-batch of 1. Try --strategy fsdp." in text
+    code, text = run("DiTDH-XL-256", "--gpu", "L4", "--gpus", "1")
+    assert code == 1 and "fsdp" not in text
 
 
 @pytest.mark.parametrize(

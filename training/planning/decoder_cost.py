@@ -76,8 +76,8 @@ def decoder_phases(recipe: DecoderRecipe, num_images: int, base: int) -> Iterato
         starts["discriminator"] = (recipe.discriminator_start_epoch, update.step + again)
         starts["adversarial"] = (recipe.adversarial_start_epoch, adversarial.step)
     edges = sorted({0.0, recipe.epochs, *(min(at, recipe.epochs) for at, _ in starts.values())})
-    for start, end in pairwise(edges):
+    bounds = [*(recipe.steps(at, num_images) for at in edges[:-1]), recipe.num_steps(num_images)]
+    for start, (first, last) in zip(edges[:-1], pairwise(bounds), strict=True):
         running = [name for name, (at, cost) in starts.items() if at <= start and cost]
-        steps = recipe.steps(end, num_images) - recipe.steps(start, num_images)
         costs = sum(starts[name][1] for name in running)
-        yield Phase(" + ".join(["L1", *running]), steps, base + costs)
+        yield Phase(" + ".join(["L1", *running]), last - first, base + costs)

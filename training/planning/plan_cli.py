@@ -48,14 +48,14 @@ def plan_command(
     """Print steps, operations, memory and days of a run, and its command: nothing is started."""
     console = Console()
     with clear_errors():
-        from rae.training.overrides import assignments, override
+        from rae.training.overrides import override, to_assignments
         from rae.training.planning.gpus import Cluster, find_gpu
         from rae.training.planning.plan import PRESETS, Plan, images_of
         from rae.training.planning.plan_sheet import command, sheet, verdict
 
         recipe = override(PRESETS[preset], changes or [])
         if only_recipe:
-            for line in assignments(recipe):
+            for line in to_assignments(recipe):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
             return
         name, hardware = find_gpu(gpu)

@@ -107,7 +107,8 @@ def verdict(plan: Plan) -> str:
         return f"[green]Fits:[/] {shape} = a batch of {plan.recipe.batch_size:,}."
     largest = plan.largest_micro_batch
     if largest is None:
-        hint = "" if plan.cluster.strategy == "fsdp" else " Try --strategy fsdp."
+        can_share = plan.cluster.num_gpus > 1 and plan.cluster.strategy == "ddp"
+        hint = " Try --strategy fsdp." if can_share else ""
         return f"[red]Does not fit[/] even with a micro-batch of 1.{hint}"
     return f"[red]Does not fit:[/] {shape}. A micro-batch of {largest} does."
 
