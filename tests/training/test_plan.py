@@ -174,8 +174,8 @@ def test_the_command_says_what_fits_instead() -> None:
     code, text = run("DiTDH-XL-256", "--gpu", "L4", "--gpus", "2")
     assert code == 1
     assert "Does not fit even with a micro-batch of 1. Try --strategy fsdp." in text
-    code, text = run("DiTDH-XL-256", "--gpu", "L4", "--gpus", "1")
-    assert code == 1 and "fsdp" not in text
+    code, text = run("DiTDH-XL-256", "--gpu", "L4", "--gpus", "1", "--set", "model.depth=60")
+    assert code == 1 and "Does not fit even" in text and "fsdp" not in text
 
 
 @pytest.mark.parametrize(
