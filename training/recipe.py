@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
 from rae.models.config import require_types
 from rae.training.learner import AdamWConfig
 from rae.training.lr_schedule import LRSchedule
-from rae.training.overrides import suggestion
 
 IMAGENET_IMAGES = 1_281_167
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +79,3 @@ class Recipe:
             final_factor=self.final_lr / self.lr,
             shape=self.lr_shape,
         )
-
-
-def preset_of(presets: Mapping[str, R], name: str) -> R:
-    """Raises ValueError that names the known ones."""
-    if name not in presets:
-        raise ValueError(f"unknown preset {name!r}; {suggestion(name, list(presets))}")
-    return presets[name]

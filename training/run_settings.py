@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from rae.training.overrides import suggestion
 
 HOW, WRITTEN, DATA = "How it runs", "What is written", "What it learns from"
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Strategy = Literal["ddp", "fsdp"]
+# Named here because the recipes themselves need torch, which takes seconds to import.
+DECODERS = ("DINOv2-B-256", "DINOv2-B-512", "SigLIP2-B-256", "MAE-B-256")
+DITS = (
+    *(f"DiTDH-{size}-{pixels}" for size in ("S", "B", "L", "XL") for pixels in (256, 512)),
+    *(f"DiT-{size}-256" for size in ("S", "B", "L", "XL")),
+    *("digits", "digits-guide"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +52,8 @@ class RunSettings:
         int | None,
         typer.Option(
             min=1,
-            help="Samples of a process at once; the rest of its share is accumulated.",
+            help="Samples of a process at once, `rae train plan` says how many fit; the rest of "
+            "its share is accumulated.",
             show_default="all",
             rich_help_panel=HOW,
         ),
@@ -87,10 +98,24 @@ class RunSettings:
     ] = None
 
 
-Preset = Annotated[str, typer.Argument(metavar="PRESET", help="The recipe, by its name.")]
+def preset_argument(names: Sequence[str], help: str) -> Any:  # noqa: ANN401
+    """That refuses a name which is none of `names`."""
+
+    def known(name: str) -> str:
+        if name not in names:
+            raise typer.BadParameter(f"unknown preset {name!r}; {suggestion(name, names)}")
+        return name
+
+    return typer.Argument(metavar="PRESET", help=help, callback=known)
+
+
 Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe; as often as needed."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change the recipe, as often as needed: `rae train plan PRESET --recipe` lists it.",
+    ),
 ]
 Statistics = Annotated[
     Path | None,
@@ -104,7 +129,7 @@ Statistics = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSettings(RunSettings):
-    preset: Preset
+    preset: Annotated[str, preset_argument(DECODERS, f"The recipe: {', '.join(DECODERS)}.")]
     images: Annotated[
         Path, typer.Option(help="Images in folders, or .tar shards.", rich_help_panel=DATA)
     ]
@@ -128,7 +153,7 @@ class DecoderSettings(RunSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DiTSettings(RunSettings):
-    preset: Preset
+    preset: Annotated[str, preset_argument(DITS, f"The recipe: {', '.join(DITS)}.")]
     rae: Annotated[
         Path,
         typer.Option(

@@ -30,7 +30,10 @@ def clear_errors() -> Iterator[None]:
 
 @takes(DecoderSettings)
 def decoder(settings: DecoderSettings) -> None:
-    """Stage 1: train an RAE's decoder on images. OUT/checkpoint is the RAE for stage 2."""
+    """Stage 1: train an RAE's decoder on images. OUT/checkpoint is the RAE for stage 2.
+
+    For several GPUs `rae train plan PRESET` prints the command.
+    """
     with clear_errors():
         from rae.training.stages import run_decoder
 
@@ -41,8 +44,8 @@ def decoder(settings: DecoderSettings) -> None:
 def dit(settings: DiTSettings) -> None:
     """Stage 2: train a DiT^DH, an early guide or a plain DiT on an RAE's latents.
 
-    OUT/checkpoint is for `rae serve --model`. On several GPUs:
-    torchrun --nproc-per-node 8 -m rae.server train dit …
+    OUT/checkpoint is for `rae serve --model`. For several GPUs `rae train plan PRESET` prints the
+    command.
     """
     with clear_errors():
         from rae.training.stages import run_dit

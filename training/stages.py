@@ -30,8 +30,8 @@ from rae.training.distributed import World, joined
 from rae.training.overrides import override
 from rae.training.planning.flops import model_flops
 from rae.training.planning.gpus import world_peak_flops
-from rae.training.recipe import Recipe, preset_of
-from rae.training.reports.report import Report, Silent
+from rae.training.recipe import Recipe
+from rae.training.reports.report import RunReport, Silent
 from rae.training.reports.trackers import TensorBoard, Tracker, WeightsAndBiases
 from rae.training.run import claim
 from rae.training.run_settings import AssembleSettings, DecoderSettings, DiTSettings, RunSettings
@@ -46,7 +46,7 @@ RUN = re.compile(r"(.+?)(?:@(\d+))?")
 
 def run_decoder(settings: DecoderSettings) -> None:
     with joined(settings.device) as world:
-        recipe = override(preset_of(DECODER_PRESETS, settings.preset), settings.changes or [])
+        recipe = override(DECODER_PRESETS[settings.preset], settings.changes or [])
         source = open_dataset(settings.images)
         samples = ImageSamples(source, RandomCrop(recipe.model.image_size))
         rae, config = new_rae(recipe, settings)
@@ -66,7 +66,7 @@ def run_decoder(settings: DecoderSettings) -> None:
 
 def run_dit(settings: DiTSettings) -> None:
     with joined(settings.device) as world:
-        recipe = override(preset_of(DIT_PRESETS, settings.preset), settings.changes or [])
+        recipe = override(DIT_PRESETS[settings.preset], settings.changes or [])
         config, rae = open_rae(settings.rae, settings.statistics, settings.images is not None)
         samples, facts, classes = open_samples(settings, recipe)
         require_encoder_of(config, samples)
@@ -137,7 +137,7 @@ def begin(settings: RunSettings, recipe: Recipe, facts: Mapping[str, Any], world
 
 def report_of(
     settings: RunSettings, recipe: DecoderRecipe | DiTRecipe, world: World
-) -> Report | Silent:
+) -> RunReport | Silent:
     """MFU counts the trained model alone. Raises ImportError for a tracker that is not there."""
     if not world.is_first:
         return Silent()
@@ -146,7 +146,7 @@ def report_of(
         trackers.append(TensorBoard(settings.out / "tensorboard"))
     if settings.wandb is not None:
         trackers.append(WeightsAndBiases(settings.out, settings.wandb, asdict(recipe)))
-    return Report(
+    return RunReport(
         settings.out,
         flops_per_image=model_flops(recipe.model).step,
         peak_flops=world_peak_flops(world, settings.precision),
@@ -234,8 +234,10 @@ def open_samples(
         if (index.has_flips, index.image_size) != (recipe.horizontal_flip, recipe.image_size):
             raise ValueError(
                 f"{settings.latents} has latents of {index.image_size} px, "
-                f"{'with' if index.has_flips else 'without'} flips; the recipe says image_size "
-                f"{recipe.image_size}, horizontal_flip {str(recipe.horizontal_flip).lower()}"
+                f"{'with' if index.has_flips else 'without'} flips; the recipe says "
+                f"{recipe.image_size} px, {'with' if recipe.horizontal_flip else 'without'}: "
+                f"--set image_size={index.image_size} "
+                f"--set horizontal_flip={str(index.has_flips).lower()}"
             )
         return shards, {"latents": shards.index.facts}, ()
     assert settings.images is not None

@@ -19,6 +19,7 @@ from rae.training.batch import Batch
 from rae.training.distributed import World
 from rae.training.learner import Learner
 from rae.training.snapshots import SNAPSHOTS, Snapshots
+from rae.training.wording import counted
 
 MAX_SKIPPED = 10
 """Steps in a row without a finite gradient: more are no accident."""
@@ -112,7 +113,7 @@ class Trainer:
         another run's snapshot, and OSError where the last snapshot cannot be written."""
         start, num_steps = self._resume(), self.config.num_steps
         if start >= num_steps:
-            self.report.event(f"all {num_steps:,} steps were done before")
+            self.report.event(f"finished before: all {counted(num_steps, 'step')} are done")
             return
         self.report.start(start, num_steps)
         with self._signals():

@@ -83,6 +83,11 @@ def test_each_run_has_a_curve_of_its_own_colour(tmp_path: Path) -> None:
     assert {COLOURS[0], COLOURS[1]} <= colours(tmp_path / "two.png")
 
 
+def test_a_single_point_can_be_seen(tmp_path: Path) -> None:
+    draw_runs([write_log(tmp_path / "a", loss=[2.0])], tmp_path / "one.png")
+    assert COLOURS[0] in colours(tmp_path / "one.png")
+
+
 def invoke(*arguments: str) -> tuple[int, str]:
     app = typer.Typer()
     app.command()(plot_command)

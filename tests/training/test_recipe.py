@@ -10,7 +10,7 @@ import torch
 
 from rae.models.config import CONFIGS
 from rae.training.lr_schedule import LRSchedule
-from rae.training.recipe import IMAGENET_IMAGES, preset_of
+from rae.training.recipe import IMAGENET_IMAGES
 from rae.training.run import claim, compile_blocks
 from rae.training.stage2.presets import DIT_PRESETS
 from rae.training.stage2.run_dit import build, read_recipe
@@ -46,11 +46,6 @@ def test_fewer_images_than_a_batch_are_refused() -> None:
         ValueError, match="1023 images are less than one batch of 1024: --set batch_size"
     ):
         XL.lr_schedule(1023)
-
-
-def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown preset 'DiTDH-XL256'; did you mean DiTDH-XL-256"):
-        preset_of(DIT_PRESETS, "DiTDH-XL256")
 
 
 @pytest.mark.parametrize("name", ["digits", "DiT-S-256"])

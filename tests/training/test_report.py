@@ -17,10 +17,10 @@ from rich.console import Console
 
 from rae.training.distributed import World
 from rae.training.planning import gpus
-from rae.training.reports.display import Row, duration
-from rae.training.reports.report import Report, Silent, Speed
+from rae.training.reports.display import Row
+from rae.training.reports.report import RunReport, Silent, Speed
 from rae.training.reports.run_log import RunLog, read_log
-from rae.training.trainer import Report as TrainersReport
+from rae.training.trainer import Report
 
 
 class Clock:
@@ -37,7 +37,13 @@ def plain() -> tuple[Console, io.StringIO]:
 
 
 def train(
-    report: Report, clock: Clock, start: int, end: int, *, num_steps: int = 40, seconds: float = 2.0
+    report: RunReport,
+    clock: Clock,
+    start: int,
+    end: int,
+    *,
+    num_steps: int = 40,
+    seconds: float = 2.0,
 ) -> None:
     """A row every 10 steps, of 100 images each, `seconds` a step."""
     report.start(start, num_steps)
@@ -54,15 +60,18 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
 
 def test_a_cut_runs_log_is_an_undisturbed_ones(tmp_path: Path) -> None:
     clock, (console, _) = Clock(), plain()
-    train(Report(tmp_path / "a", console=console, clock=clock), clock, 0, 40)
-    train(Report(tmp_path / "b", console=console, clock=clock), clock, 0, 30)
+    train(RunReport(tmp_path / "a", console=console, clock=clock), clock, 0, 40)
+    train(RunReport(tmp_path / "b", console=console, clock=clock), clock, 0, 30)
     log = tmp_path / "b" / "log.jsonl"
     log.write_bytes(log.read_bytes()[:-7])  # killed within a line
-    train(Report(tmp_path / "b", console=console, clock=clock), clock, 10, 40)
+    train(RunReport(tmp_path / "b", console=console, clock=clock), clock, 10, 40)
     assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
     assert [row["step"] for row in read_log(log)] == [10, 20, 30, 40]
     events = (tmp_path / "b" / "events.log").read_text().splitlines()
-    assert [line.split(" ", 1)[1] for line in events] == ["started", "resumed after step 10"]
+    assert [line.split(" ", 1)[1] for line in events] == [
+        "started: 40 steps",
+        "resumed after step 10 of 40",
+    ]
 
 
 def test_what_is_not_whole_is_not_read(tmp_path: Path) -> None:
@@ -77,7 +86,7 @@ def test_what_is_not_whole_is_not_read(tmp_path: Path) -> None:
 
 def test_images_a_second_mfu_and_time_left(tmp_path: Path) -> None:
     clock, (console, text) = Clock(), plain()
-    report = Report(tmp_path, flops_per_image=2e9, peak_flops=1e12, console=console, clock=clock)
+    report = RunReport(tmp_path, flops_per_image=2e9, peak_flops=1e12, console=console, clock=clock)
     report.start(100, 1000)
     clock.now += 500  # compiling
     for step in (110, 120, 130):
@@ -123,7 +132,7 @@ def test_an_unknown_device_has_no_mfu(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_terminal_has_a_bar_that_knows_where_it_resumed(tmp_path: Path) -> None:
     clock, text = Clock(), io.StringIO()
     console = Console(file=text, width=140, force_terminal=True, color_system=None)
-    report = Report(tmp_path, console=console, clock=clock)
+    report = RunReport(tmp_path, console=console, clock=clock)
     train(report, clock, 20, 40, num_steps=60)
     report.event("a snapshot")
     report.close()
@@ -134,12 +143,14 @@ def test_a_terminal_has_a_bar_that_knows_where_it_resumed(tmp_path: Path) -> Non
     assert "step 40/60" not in shown  # that is the line of no terminal
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(9, "9 s"), (75, "1 min 15 s"), (7500, "2 h 05 min"), (700_000, "8 d 02 h")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+def test_the_loss_that_is_shown_is_the_one_that_is_logged(tmp_path: Path) -> None:
+    console, text = plain()
+    report = RunReport(tmp_path, console=console, clock=Clock())
+    report.start(0, 2)
+    for step, loss in ((1, 3.0), (2, 1.0)):
+        report.step(step, {"loss": loss}, 1)
+    assert text.getvalue().splitlines()[1:] == ["step 1/2  loss 3.0000", "step 2/2  loss 1.0000"]
+    assert [row["loss"] for row in read_log(tmp_path / "log.jsonl")] == [3.0, 1.0]
 
 
 def test_rows_have_speeds_where_they_are_known() -> None:
@@ -149,7 +160,7 @@ def test_rows_have_speeds_where_they_are_known() -> None:
 
 def test_samples_and_the_losses_curve_are_written(tmp_path: Path) -> None:
     clock, (console, _) = Clock(), plain()
-    report = Report(tmp_path, console=console, clock=clock)
+    report = RunReport(tmp_path, console=console, clock=clock)
     train(report, clock, 0, 40)
     report.samples(40, torch.ones(3, 3, 4, 6) * torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1))
     with Image.open(tmp_path / "samples" / "0000040.png") as grid:
@@ -175,7 +186,7 @@ def full_disk(num_bytes: int) -> Iterator[None]:
 
 def test_a_full_disk_is_said_once_and_no_row_stays_half(tmp_path: Path) -> None:
     clock, (console, text) = Clock(), plain()
-    report = Report(tmp_path, console=console, clock=clock)
+    report = RunReport(tmp_path, console=console, clock=clock)
     report.start(0, 100)
     with full_disk(130):
         for step in range(1, 11):
@@ -199,7 +210,7 @@ def test_without_matplotlib_it_is_said_once(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     clock, (console, text) = Clock(), plain()
-    report = Report(tmp_path, console=console, clock=clock)
+    report = RunReport(tmp_path, console=console, clock=clock)
     train(report, clock, 0, 40)
     report.samples(40, torch.rand(1, 3, 2, 2))
     report.close()
@@ -211,7 +222,7 @@ def test_all_processes_but_the_first_are_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    reports: list[TrainersReport] = [Silent(), Report(tmp_path / "first")]
+    reports: list[Report] = [Silent(), RunReport(tmp_path / "first")]
     for report in reports:
         report.start(0, 10)
         report.step(10, {"loss": 1.0}, 10)
@@ -219,4 +230,5 @@ def test_all_processes_but_the_first_are_silent(
         report.event("done")
         report.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first"]
-    assert capfd.readouterr().out.splitlines() == ["started", "step 10/10  loss 1.0000", "done"]
+    expected = ["started: 10 steps", "step 10/10  loss 1.0000", "done"]
+    assert capfd.readouterr().out.splitlines() == expected

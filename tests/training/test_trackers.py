@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from rae.training.reports.display import Row
-from rae.training.reports.report import Report
+from rae.training.reports.report import RunReport
 from rae.training.reports.trackers import TensorBoard, Tracker, WeightsAndBiases
 
 
@@ -99,7 +99,7 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path, runs: list[StandInRun])
 def test_a_lost_connection_ends_no_run(tmp_path: Path, runs: list[StandInRun]) -> None:
     text = io.StringIO()
     tracker = WeightsAndBiases(tmp_path, "rae", {})
-    report = Report(tmp_path, trackers=[tracker], console=Console(file=text, width=200))
+    report = RunReport(tmp_path, trackers=[tracker], console=Console(file=text, width=200))
     report.start(0, 5)
     for step in (3, 4, 4, 5):
         report.step(step, {"loss": 1.0}, 1)
@@ -127,7 +127,7 @@ class Unwritable:
 
 def test_a_tracker_that_cannot_start_is_left_out(tmp_path: Path) -> None:
     text = io.StringIO()
-    report = Report(tmp_path, trackers=[Unwritable()], console=Console(file=text, width=200))
+    report = RunReport(tmp_path, trackers=[Unwritable()], console=Console(file=text, width=200))
     report.start(0, 5)
     report.step(1, {"loss": 1.0}, 1)
     report.close()

@@ -92,7 +92,7 @@ def test_a_run_that_is_done_is_not_done_again(tmp_path: Path) -> None:
     make_trainer(tmp_path)[0].run()
     again, lines = make_trainer(tmp_path)
     again.run()
-    assert lines.lines == ["all 6 steps were done before"]
+    assert lines.lines == ["finished before: all 6 steps are done"]
 
 
 def test_accumulation_is_one_larger_batch(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from rae.training.stage_cli import clear_errors
 
 if TYPE_CHECKING:
     from rae.training.digits.digits_judge import Criterion
-    from rae.training.reports.report import Report
+    from rae.training.reports.report import RunReport
 
 EMBEDDED = Path(__file__).parents[2] / "models" / "digits"
 
@@ -36,7 +36,7 @@ def train(
     """
     from rae.training.digits.pipeline import DigitsRecipe, train_digits
     from rae.training.distributed import joined
-    from rae.training.reports.report import Report
+    from rae.training.reports.report import RunReport
 
     settings = RunSettings(
         out=out,
@@ -48,9 +48,9 @@ def train(
     )
     with clear_errors(), joined() as world, ExitStack() as reports:
 
-        def make_report(name: str, folder: Path) -> Report:
+        def make_report(name: str, folder: Path) -> RunReport:
             console.print(name)
-            return reports.enter_context(closing(Report(folder, console=console)))
+            return reports.enter_context(closing(RunReport(folder, console=console)))
 
         train_digits(out, DigitsRecipe(seed=seed), settings, world, make_report)
     checkpoint = out / "checkpoint"

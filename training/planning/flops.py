@@ -7,13 +7,12 @@ that the figures are the model's and not an implementation's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from rae.models.config import DecoderConfig, DiTDHConfig, EncoderKind
+from rae.models.config import DecoderConfig, DiTDHConfig, EncoderConfig, EncoderKind
 from rae.models.decoder import Decoder
 from rae.models.dit import DiT, DiTConfig
 from rae.models.dit_dh import DiTDH
@@ -63,26 +62,6 @@ class ViTShape:
     def num_tokens(self) -> int:
         return self.num_patches + self.num_extra_tokens
 
-    @classmethod
-    def from_transformers(cls, kind: EncoderKind, config: Any, image_size: int) -> ViTShape:  # noqa: ANN401
-        """Of a vision config of transformers that runs on images of `image_size`."""
-        hidden_size = config.hidden_size
-        if kind == "dinov2":
-            intermediate_size = hidden_size * config.mlp_ratio
-            num_extra_tokens = 1 + config.num_register_tokens
-        else:
-            intermediate_size = config.intermediate_size
-            num_extra_tokens = int(kind == "mae")
-        return cls(
-            image_size=image_size,
-            patch_size=config.patch_size,
-            hidden_size=hidden_size,
-            depth=config.num_hidden_layers,
-            num_heads=config.num_attention_heads,
-            intermediate_size=intermediate_size,
-            num_extra_tokens=num_extra_tokens,
-        )
-
 
 # The base sizes that the published models encode 256 px with; 512 px have twice the sides.
 ENCODERS: dict[EncoderKind, ViTShape] = {
@@ -99,6 +78,11 @@ DINO = ViTShape(
     intermediate_size=1536,
     num_extra_tokens=1,
 )
+
+
+def encoder_shape(encoder: EncoderConfig) -> ViTShape:
+    """Of the base size, which all published recipes have."""
+    return replace(ENCODERS[encoder.kind], image_size=encoder.image_size)
 
 
 def model_flops(config: ModelConfig) -> Flops:

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from rae.training.distributed import World
-from rae.training.precision import Precision
+from rae.training.run_settings import Precision, Strategy
+
+RESERVE_BYTES = 2 * 2**30
+"""Of a GPU: the CUDA context, cuBLAS' and NCCL's buffers."""
+FRAGMENTATION = 0.05
+"""Of a GPU: what an allocator cannot use."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,34 @@ GPUS: dict[str, GPU] = {
     "NVIDIA GeForce RTX 4090": GPU(165.2, 82.6, 82.6, 23.5),
     "NVIDIA GeForce RTX 3090": GPU(71, 35.6, 35.6, 23.5),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """GPUs that train together. `mfu` is assumed: no plan can know it."""
+
+    gpu_name: str
+    gpu: GPU
+    num_gpus: int
+    precision: Precision = "tf32"
+    strategy: Strategy = "ddp"
+    mfu: float = 0.4
+
+    def __post_init__(self) -> None:
+        if self.num_gpus < 1:
+            raise ValueError(f"{self.num_gpus} GPUs: at least 1 is wanted")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"an MFU of {self.mfu} is not in (0, 1]")
+
+    @property
+    def flops(self) -> float:
+        """FLOP/s that are assumed of all GPUs together."""
+        return self.num_gpus * self.mfu * self.gpu.peak_flops(self.precision)
+
+    @property
+    def usable_bytes(self) -> int:
+        """Of one GPU's memory."""
+        return int(self.gpu.memory_gib * 2**30 * (1 - FRAGMENTATION)) - RESERVE_BYTES
 
 
 def peak_flops(device_name: str, precision: Precision) -> float | None:

@@ -2,87 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 from torch import nn
 
 from rae.models.config import EncoderConfig
-from rae.training.distributed import Strategy
+from rae.training.planning.decoder_cost import Phase, decoder_phases, loss_bytes, network_bytes
 from rae.training.planning.flops import (
-    DINO,
     ENCODERS,
     ViTShape,
-    discriminator_flops,
     encoder_flops,
     encoder_parameters,
-    head_parameters,
-    lpips_flops,
+    encoder_shape,
     model_flops,
     num_parameters,
     on_meta,
 )
-from rae.training.planning.gpus import GPU
-from rae.training.planning.memory import (
-    FP32,
-    StateMemory,
-    activation_bytes,
-    frozen_vit_bytes,
-    lpips_bytes,
-    state_memory,
-)
-from rae.training.precision import Precision
+from rae.training.planning.gpus import Cluster
+from rae.training.planning.memory import FP32, StateMemory, activation_bytes, state_memory
 from rae.training.recipe import IMAGENET_IMAGES
 from rae.training.stage1.decoder_recipe import DECODER_PRESETS, DecoderRecipe
 from rae.training.stage2.presets import DIT_PRESETS, DiTRecipe
+from rae.training.wording import counted
 
 Recipe = DiTRecipe | DecoderRecipe
 
-RESERVE_BYTES = 2 * 2**30
-"""Of a GPU: the CUDA context, cuBLAS' and NCCL's buffers."""
-FRAGMENTATION = 0.05
-"""Of a GPU: what an allocator cannot use."""
-
-VGG16_PARAMETERS = 14_714_688
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """Whose `mfu` is assumed: no plan can know it."""
-
-    gpu_name: str
-    gpu: GPU
-    num_gpus: int
-    precision: Precision = "tf32"
-    strategy: Strategy = "ddp"
-    mfu: float = 0.4
-
-    def __post_init__(self) -> None:
-        if self.num_gpus < 1:
-            raise ValueError(f"{self.num_gpus} GPUs: at least 1 is wanted")
-        if not 0 < self.mfu <= 1:
-            raise ValueError(f"an MFU of {self.mfu} is not in (0, 1]")
-
-    @property
-    def flops(self) -> float:
-        """FLOP/s that are assumed of all GPUs together."""
-        return self.num_gpus * self.mfu * self.gpu.peak_flops(self.precision)
-
-    @property
-    def usable_bytes(self) -> int:
-        """Of one GPU's memory."""
-        return int(self.gpu.memory_gib * 2**30 * (1 - FRAGMENTATION)) - RESERVE_BYTES
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Steps that cost the same."""
-
-    name: str
-    num_steps: int
-    flops_per_image: int
+PRESETS: dict[str, Recipe] = {**DECODER_PRESETS, **DIT_PRESETS}
+DIGITS_IMAGES = 25_500
+"""What `rae train digits` writes: 1,500 scans and 16 moved copies of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +51,12 @@ class Plan:
         self.recipe.steps(1, self.num_images)
         batch, gpus = self.recipe.batch_size, self.cluster.num_gpus
         if batch % gpus:
-            raise ValueError(f"{gpus} GPUs do not divide a batch of {batch}")
+            raise ValueError(f"{gpus} GPUs do not divide a batch of {batch} images")
         if self.micro_batch is not None and (
             self.micro_batch < 1 or batch // gpus % self.micro_batch
         ):
-            raise ValueError(f"a micro-batch of {self.micro_batch} does not divide {batch // gpus}")
+            share = counted(batch // gpus, "image")
+            raise ValueError(f"a micro-batch of {self.micro_batch} does not divide a GPU's {share}")
         if self.pre_encoded and isinstance(self.recipe, DecoderRecipe):
             raise ValueError("a decoder learns to make images: latents alone do not do")
 
@@ -117,7 +66,7 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        return self.recipe.steps(self.recipe.epochs, self.num_images)
+        return self.recipe.num_steps(self.num_images)
 
     @property
     def images_seen(self) -> int:
@@ -159,10 +108,6 @@ class Plan:
         return self.flops / self.cluster.flops
 
     @property
-    def days(self) -> float:
-        return self.seconds / 86_400
-
-    @property
     def gpu_hours(self) -> float:
         return self.seconds / 3600 * self.cluster.num_gpus
 
@@ -183,14 +128,10 @@ class Plan:
     @property
     def frozen_bytes(self) -> int:
         """The encoder and the losses' networks, in fp32 on every GPU."""
-        total = 0 if self.encoder is None else encoder_parameters(self.encoder)
+        total = 0 if self.encoder is None else FP32 * encoder_parameters(self.encoder)
         if isinstance(self.recipe, DecoderRecipe):
-            total += VGG16_PARAMETERS if self.recipe.perceptual == "lpips" else 0
-            total += encoder_parameters(DINO) if self.recipe.discriminator == "dino" else 0
-            trunk, num_heads = discriminator_of(self.recipe)
-            # With gradients and both moments.
-            total += 4 * num_heads * head_parameters(trunk.hidden_size)
-        return total * FP32
+            total += network_bytes(self.recipe)
+        return total
 
     @cached_property
     def activation_bytes(self) -> int:
@@ -238,72 +179,19 @@ class Plan:
         return FP32 * self.num_parameters
 
 
-def presets() -> dict[str, Recipe]:
-    """Of both stages. Stage 1's have the names of decoders: `decoder-DINOv2-B-256`."""
-    decoders = {f"decoder-{name}": recipe for name, recipe in DECODER_PRESETS.items()}
-    return {**DIT_PRESETS, **decoders}
+def images_of(preset: str) -> int:
+    """How many a preset is made for."""
+    return DIGITS_IMAGES if preset in ("digits", "digits-guide") else IMAGENET_IMAGES
 
 
 def encoder_of(recipe: Recipe) -> ViTShape | None:
     """Stage 2 is published with DINOv2-B, 14/16 of the images' size; None for other latents."""
     if isinstance(recipe, DecoderRecipe):
-        return shape_of(recipe.encoder)
+        return encoder_shape(recipe.encoder)
     if recipe.model.latent_channels != ENCODERS["dinov2"].hidden_size:
         return None
     size = recipe.model.latent_shape[1] * ENCODERS["dinov2"].patch_size
-    return shape_of(EncoderConfig(kind="dinov2", image_size=size))
-
-
-def shape_of(encoder: EncoderConfig) -> ViTShape:
-    """Of the base size, which all published recipes have."""
-    base = ENCODERS[encoder.kind]
-    return ViTShape(
-        image_size=encoder.image_size,
-        patch_size=base.patch_size,
-        num_extra_tokens=base.num_extra_tokens,
-    )
-
-
-def discriminator_of(recipe: DecoderRecipe) -> tuple[ViTShape, int]:
-    """Its frozen trunk and the number of its heads: 0 where there is none."""
-    if recipe.discriminator == "encoder":
-        return shape_of(recipe.encoder), 4
-    return DINO, 5 if recipe.discriminator == "dino" else 0
-
-
-def loss_bytes(recipe: DecoderRecipe) -> list[int]:
-    """What the gradient of each term by one reconstruction needs."""
-    encoder = frozen_vit_bytes(shape_of(recipe.encoder))
-    lpips = lpips_bytes(recipe.model.image_size)
-    trunk, num_heads = discriminator_of(recipe)
-    return [
-        {"lpips": lpips, "encoder": encoder, "none": 0}[recipe.perceptual],
-        frozen_vit_bytes(trunk) if num_heads else 0,
-    ]
-
-
-def decoder_phases(recipe: DecoderRecipe, num_images: int, base: int) -> Iterator[Phase]:
-    """A decoder costs more once the discriminator learns, and more again once it is heard. The
-    discriminator sees a reconstruction of its own, by the weights after the step."""
-    encoder = encoder_flops(shape_of(recipe.encoder))
-    perceptual = {
-        "lpips": lpips_flops(recipe.model.image_size).step,
-        "encoder": 3 * encoder,
-        "none": 0,
-    }[recipe.perceptual]
-    starts = {"perceptual": (recipe.perceptual_start_epoch, perceptual)}
-    trunk, num_heads = discriminator_of(recipe)
-    if num_heads:
-        update, adversarial = discriminator_flops(trunk, num_heads)
-        again = model_flops(recipe.model).forward
-        starts["discriminator"] = (recipe.discriminator_start_epoch, update.step + again)
-        starts["adversarial"] = (recipe.adversarial_start_epoch, adversarial.step)
-    edges = sorted({0.0, recipe.epochs, *(min(at, recipe.epochs) for at, _ in starts.values())})
-    for start, end in pairwise(edges):
-        running = [name for name, (at, cost) in starts.items() if at <= start and cost]
-        steps = recipe.steps(end, num_images) - recipe.steps(start, num_images)
-        costs = sum(starts[name][1] for name in running)
-        yield Phase(" + ".join(["L1", *running]), steps, base + costs)
+    return encoder_shape(EncoderConfig(kind="dinov2", image_size=size))
 
 
 def largest_block(model: nn.Module) -> int:

@@ -7,57 +7,75 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from rae.training.run_settings import Precision, Strategy
+from rae.training.run_settings import (
+    DECODERS,
+    DITS,
+    Changes,
+    Precision,
+    Strategy,
+    preset_argument,
+)
+from rae.training.stage_cli import clear_errors
+
+PRESETS_HELP = f"Of stage 1: {', '.join(DECODERS)}. Of stage 2: {', '.join(DITS)}."
 
 
 def plan_command(
-    preset: Annotated[str, typer.Argument(help="DiTDH-XL-256, decoder-DINOv2-B-256, …")],
-    gpus: Annotated[int, typer.Option(help="How many, over all machines.")] = 8,
+    preset: Annotated[str, preset_argument((*DECODERS, *DITS), PRESETS_HELP)],
+    gpus: Annotated[int, typer.Option(min=1, help="How many, over all machines.")] = 8,
     gpu: Annotated[str, typer.Option(help="Their name: H200, A100 40GB, 4090.")] = "H200",
     mfu: Annotated[
         float, typer.Option(help="The assumed part of their peak that a run gets.")
     ] = 0.4,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Images of a forward; else the most that fit.")
+        int | None,
+        typer.Option(min=1, help="Images of a forward.", show_default="the most that fit"),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Of matmuls.")] = "tf32",
     strategy: Annotated[Strategy, typer.Option(help="What GPUs share.")] = "ddp",
-    latents: Annotated[bool, typer.Option(help="Pre-encoded: the encoder does not run.")] = False,
-    images: Annotated[int, typer.Option(help="Of an epoch.")] = 1_281_167,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of the preset's recipe.")
+    latents: Annotated[
+        bool, typer.Option("--latents", help="Pre-encoded: the encoder does not run.")
+    ] = False,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of an epoch.", show_default="ImageNet's, or the digits'"),
     ] = None,
+    changes: Changes = None,
+    only_recipe: Annotated[
+        bool, typer.Option("--recipe", help="Print the recipe alone, as --set takes it.")
+    ] = False,
 ) -> None:
-    """Print steps, operations, memory and days of a run: nothing is started."""
-    from rae.training.overrides import override, suggestion
-    from rae.training.planning.gpus import find_gpu
-    from rae.training.planning.plan import Cluster, Plan, presets
-    from rae.training.planning.plan_sheet import sheet, verdict
-
+    """Print steps, operations, memory and days of a run, and its command: nothing is started."""
     console = Console()
-    try:
-        known = presets()
-        if preset not in known:
-            raise ValueError(f"unknown preset {preset!r}; {suggestion(preset, list(known))}")
+    with clear_errors():
+        from rae.training.overrides import override, to_assignments
+        from rae.training.planning.gpus import Cluster, find_gpu
+        from rae.training.planning.plan import PRESETS, Plan, images_of
+        from rae.training.planning.plan_sheet import command, sheet, verdict
+
+        recipe = override(PRESETS[preset], changes or [])
+        if only_recipe:
+            for line in to_assignments(recipe):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+            return
         name, hardware = find_gpu(gpu)
-        cluster = Cluster(
-            gpu_name=name,
-            gpu=hardware,
-            num_gpus=gpus,
-            precision=precision,
-            strategy=strategy,
-            mfu=mfu,
-        )
         plan = Plan(
-            recipe=override(known[preset], set_ or []),
-            cluster=cluster,
-            num_images=images,
+            recipe=recipe,
+            cluster=Cluster(
+                gpu_name=name,
+                gpu=hardware,
+                num_gpus=gpus,
+                precision=precision,
+                strategy=strategy,
+                mfu=mfu,
+            ),
+            num_images=images or images_of(preset),
             pre_encoded=latents,
             micro_batch=micro_batch,
         )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     console.print(sheet(plan, preset))
     console.print(verdict(plan))
     if not plan.fits(plan.used_micro_batch):
         raise typer.Exit(1)
+    line = command(plan, preset, changes or [])
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

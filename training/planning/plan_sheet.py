@@ -1,15 +1,21 @@
-"""A plan as a person reads it."""
+"""A plan as a person reads it, and the command that runs it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import shlex
+from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE
 from rich.table import Table
 
-from rae.training.planning.plan import FRAGMENTATION, RESERVE_BYTES, Plan
+from rae.training.planning.gpus import FRAGMENTATION, RESERVE_BYTES
+from rae.training.planning.plan import Plan
+from rae.training.stage1.decoder_recipe import DecoderRecipe
+from rae.training.wording import counted, duration, flop
 
 GIB = 2**30
+GPUS_PER_MACHINE = 8
 
 Row = tuple[str, str]
 
@@ -37,21 +43,22 @@ def sheet(plan: Plan, preset: str) -> Table:
 def work(plan: Plan) -> Iterator[Row]:
     yield "trained parameters", f"{plan.num_parameters / 1e6:,.1f} M"
     yield "batch", f"{plan.recipe.batch_size:,} images"
-    yield "steps an epoch", f"{plan.steps_per_epoch:,}"
-    yield f"steps of {plan.recipe.epochs:g} epochs", f"{plan.num_steps:,}"
+    yield f"steps an epoch of {counted(plan.num_images, 'image')}", f"{plan.steps_per_epoch:,}"
+    yield f"steps of {counted(plan.recipe.epochs, 'epoch')}", f"{plan.num_steps:,}"
     yield "images seen", f"{plan.images_seen / 1e6:,.1f} M"
     for phase in plan.phases:
         cost = f"{phase.flops_per_image / 1e9:,.1f} GFLOP"
         if len(plan.phases) == 1:
             yield "an image", cost
         else:
-            yield f"an image in {phase.num_steps:,} steps of {phase.name}", cost
-    yield "a step", f"{plan.step_flops / 1e12:,.1f} TFLOP"
-    yield "the run", f"{plan.flops / 1e18:,.2f} EFLOP"
+            yield f"an image in {counted(phase.num_steps, 'step')} of {phase.name}", cost
+    yield "a step", flop(plan.step_flops)
+    yield "the run", flop(plan.flops)
 
 
 def memory(plan: Plan) -> Iterator[Row]:
     state, micro_batch = plan.state, plan.used_micro_batch
+    images = counted(micro_batch, "image")
     parts = {
         "weights, fp32": state.weights,
         "gradients, fp32": state.gradients,
@@ -59,7 +66,7 @@ def memory(plan: Plan) -> Iterator[Row]:
         "EMA": state.ema,
         "copies of weights and gradients": state.working,
         "encoder and networks of the loss": plan.frozen_bytes,
-        f"activations of {micro_batch} images, not compiled": micro_batch * plan.activation_bytes,
+        f"activations of {images}, not compiled": micro_batch * plan.activation_bytes,
         "in all": plan.bytes_with(micro_batch),
     }
     for name, size in parts.items():
@@ -75,14 +82,11 @@ def time(plan: Plan) -> Iterator[Row]:
     yield f"peak of a GPU in {cluster.precision}, datasheet", f"{peak:,.0f} TFLOP/s"
     yield "MFU, an assumption (--mfu)", f"{cluster.mfu:.0%}"
     yield "images/s", f"{plan.images_per_s:,.0f}"
-    yield "images/s that each GPU's data loader has to give", per_gpu(plan)
+    per_gpu = plan.images_per_s / cluster.num_gpus
+    yield "images/s that each GPU's data loader has to give", f"{per_gpu:,.0f}"
     yield "a step", f"{plan.seconds / plan.num_steps:.3f} s"
     yield "GPU-hours", f"{plan.gpu_hours:,.1f}"
-    yield "days", f"{plan.days:,.2f}"
-
-
-def per_gpu(plan: Plan) -> str:
-    return f"{plan.images_per_s / plan.cluster.num_gpus:,.0f}"
+    yield "the run", duration(plan.seconds)
 
 
 def disk(plan: Plan) -> Iterator[Row]:
@@ -92,15 +96,56 @@ def disk(plan: Plan) -> Iterator[Row]:
 
 
 def verdict(plan: Plan) -> str:
-    micro_batch, accumulation = plan.used_micro_batch, plan.accumulation
-    shape = f"{plan.cluster.num_gpus} GPUs × {micro_batch} images × {accumulation} micro-batches"
-    if plan.fits(micro_batch):
-        return f"[green]Fits:[/] {shape} = a batch of {plan.recipe.batch_size}."
+    shape = " × ".join(
+        (
+            counted(plan.cluster.num_gpus, "GPU"),
+            counted(plan.used_micro_batch, "image"),
+            f"{plan.accumulation:,} micro-batch{'' if plan.accumulation == 1 else 'es'}",
+        )
+    )
+    if plan.fits(plan.used_micro_batch):
+        return f"[green]Fits:[/] {shape} = a batch of {plan.recipe.batch_size:,}."
     largest = plan.largest_micro_batch
     if largest is None:
-        hint = "" if plan.cluster.strategy == "fsdp" else " Try --strategy fsdp."
+        can_share = plan.cluster.num_gpus > 1 and plan.cluster.strategy == "ddp"
+        hint = " Try --strategy fsdp." if can_share else ""
         return f"[red]Does not fit[/] even with a micro-batch of 1.{hint}"
     return f"[red]Does not fit:[/] {shape}. A micro-batch of {largest} does."
+
+
+def command(plan: Plan, preset: str, changes: Sequence[str]) -> str:
+    """What to type for `plan`, whose recipe is `preset` with `changes`. In capitals: what no plan
+    knows."""
+    cluster = plan.cluster
+    if isinstance(plan.recipe, DecoderRecipe):
+        files = loss_files(plan.recipe)
+        stage = ["decoder", preset, "--images", "IMAGES", "--encoder", "ENCODER", *files]
+    else:
+        data = ["--latents", "LATENTS"] if plan.pre_encoded else ["--images", "IMAGES"]
+        stage = ["dit", preset, "--rae", "RAE", *data]
+    how = ["--micro-batch", str(plan.used_micro_batch), "--precision", cluster.precision]
+    if cluster.num_gpus > 1:
+        how += ["--strategy", cluster.strategy]
+    sets = [word for change in changes for word in ("--set", change)]
+    return shlex.join([*launcher(cluster.num_gpus), "train", *stage, "--out", "RUN", *how, *sets])
+
+
+def launcher(num_gpus: int) -> list[str]:
+    """Of as many processes: on several machines where these have too few GPUs."""
+    if num_gpus == 1:
+        return ["rae"]
+    own = num_gpus if num_gpus <= GPUS_PER_MACHINE else math.gcd(num_gpus, GPUS_PER_MACHINE)
+    words = ["torchrun", "--nproc-per-node", str(own)]
+    if own < num_gpus:
+        words += ["--nnodes", str(num_gpus // own), "--rdzv-backend", "c10d"]
+        words += ["--rdzv-endpoint", "HOST:PORT"]
+    return [*words, "-m", "rae.server"]
+
+
+def loss_files(recipe: DecoderRecipe) -> list[str]:
+    """Flags of the files that a recipe's losses need."""
+    vgg = ["--vgg", "VGG"] if recipe.perceptual == "lpips" else []
+    return [*vgg, *(["--dino", "DINO"] if recipe.discriminator == "dino" else [])]
 
 
 def gib(size: int) -> str:

@@ -28,6 +28,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 COLUMNS = 3
 PANEL_INCHES = (4.2, 2.4)
 LOSS_INCHES = 3.6
+FEW = 20
+"""Points: so many are marked, more are noise around a mean."""
 LOG_RATIO = 10
 """Of the largest value to the smallest: from there on an axis is logarithmic."""
 
@@ -102,11 +104,12 @@ def draw_panel(
         if key not in run:
             continue
         steps, values = run[key]
-        is_noisy = key not in SMOOTH and len(values) > 20
+        is_noisy = key not in SMOOTH and len(values) > FEW
         if is_noisy:
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         line = smoothed(values) if is_noisy else values
-        axes.plot(steps, line, color=colour, linewidth=1.6, label=name)
+        marker = "." if len(values) <= FEW else ""
+        axes.plot(steps, line, color=colour, linewidth=1.6, marker=marker, label=name)
     set_scale(axes, key, np.concatenate([run[key][1] for run in runs.values() if key in run]))
     axes.set_ylabel(LABELS.get(key, key.replace("_", " ")))
     axes.set_xlabel("step")

@@ -16,6 +16,7 @@ from rae.training.reports.display import Display, Row
 from rae.training.reports.grid import make_grid
 from rae.training.reports.run_log import LOG_FILE, RunLog
 from rae.training.reports.trackers import Tracker
+from rae.training.wording import counted
 
 SAMPLES_FOLDER = "samples"
 EVENTS_FILE = "events.log"
@@ -46,7 +47,7 @@ class Speed:
         return (step - first_step) / (now - then), (self.num_images - first_images) / (now - then)
 
 
-class Report:
+class RunReport:
     """Of a run in `folder`, for the first process.
 
     `flops_per_image` of a training step and `peak_flops` of all devices together give MFU, where
@@ -77,7 +78,8 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._try(LOG_FILE, partial(self.log.start, step))
         self.trackers = [t for t in self.trackers if self._try(t.name, partial(t.start, step))]
-        self.event(f"resumed after step {step:,}" if step else "started")
+        steps = counted(num_steps, "step")
+        self.event(f"resumed after step {step:,} of {num_steps:,}" if step else f"started: {steps}")
         self.display.start(step, num_steps)
 
     def step(self, step: int, metrics: Mapping[str, float], num_images: int) -> None:

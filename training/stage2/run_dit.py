@@ -130,7 +130,8 @@ def require_fit(recipe: DiTRecipe, samples: Samples, rae: RAE) -> None:
             raise ValueError("images are to be encoded, and the RAE has no encoder")
         if recipe.image_size != decoder.image_size:
             raise ValueError(
-                f"image_size {recipe.image_size}; the RAE's images have {decoder.image_size}"
+                f"image_size {recipe.image_size}; the RAE's images have {decoder.image_size}: "
+                f"--set image_size={decoder.image_size}"
             )
 
 
