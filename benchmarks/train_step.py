@@ -216,23 +216,20 @@ def compare(args: argparse.Namespace) -> Iterator[Row]:
     """All figures so far, by precision and batch size, after each process."""
     deadline = time.monotonic() + args.budget_s
     rows: defaultdict[tuple[str, int, str], list[Row]] = defaultdict(list)
-    for _, precision, variant in product(range(args.rounds), args.precision, args.variant):
+    arms = list(product(args.precision, args.variant))
+    for precision, variant in arms * args.rounds:
         if (left_s := deadline - time.monotonic()) > 0:
             for row in run_child(variant, precision, args, left_s):
                 rows[precision, row["batch"], variant].append(row)
                 sys.stderr.write(f"{precision}, {variant}: {json.dumps(row)}\n")
-        yield {
-            precision: {
-                str(size): with_ratios(
-                    {
-                        variant: summarise(rows[precision, size, variant], precision, size, args)
-                        for variant in args.variant
-                    }
-                )
-                for size in args.batch
+        figures: dict[str, Row] = {precision: {} for precision in args.precision}
+        for precision, size in product(args.precision, args.batch):
+            found = {
+                variant: summarise(rows[precision, size, variant], precision, size, args)
+                for variant in args.variant
             }
-            for precision in args.precision
-        }
+            figures[precision][str(size)] = with_ratios(found)
+        yield figures
 
 
 def parse() -> argparse.Namespace:
