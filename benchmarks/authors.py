@@ -38,6 +38,14 @@ def add_clone(upstream: Path) -> None:
         sys.modules["omegaconf"] = stub
 
 
+def require_clone(upstream: Path, script: str) -> None:
+    """`add_clone`, or the end of `script` with a line that says why not."""
+    try:
+        add_clone(upstream)
+    except ImportError as error:
+        sys.exit(f"{script}: {upstream} is no clone of bytetriper/RAE that can run: {error}")
+
+
 def published_arguments(config: DiTDHConfig | DiTConfig) -> dict[str, Any]:
     """Of their class's constructor."""
     if isinstance(config, DiTDHConfig):
@@ -109,8 +117,12 @@ class AuthorsTrainer:
         self.model = model.train()
         self.parallel = self.model
         if torch.distributed.is_initialized():
+            device = next(model.parameters()).device
             self.parallel = DistributedDataParallel(
-                model, broadcast_buffers=False, find_unused_parameters=False
+                model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                find_unused_parameters=False,
             )
         self.transport = make_transport(recipe)
         section = training_section(recipe)

@@ -26,13 +26,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine_facts import commit, cpu_name
+from machine_facts import machine
 from subjects import draw_weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -207,17 +206,6 @@ def report(
         "forward_gflop_per_s": 1000 * gflop / ms["ours bf16"],
         "of_the_ceiling": gflop / matmul_gflop * ms["matmuls"] / ms["ours bf16"],
         "of_the_ceiling_linears": ms["matmuls"] / ms["ours bf16"],
-    }
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    is_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if is_gpu else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
     }
 
 

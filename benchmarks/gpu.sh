@@ -32,11 +32,11 @@ throughput() {
     LIMIT=$((budget + 70)) run "$name" "$python" benchmarks/throughput.py --device cuda \
         --budget-s "$budget" --checkpoints "$checkpoints" --out "$out/$name" "${upstream[@]}" "$@"
 }
-# A name, a size, and flags.
+# Seconds, a name, a size, and flags.
 train_step() {
-    LIMIT=550 run "train-step-$1" "$python" benchmarks/train_step.py "${upstream[@]}" --device cuda \
-        --rounds 1 --model "DiTDH-$2-256" --steps 20 --warm-up 5 --precision tf32 --precision bf16 \
-        --json "$out/train-step-$1.json" "${@:3}"
+    LIMIT=$(($1 + 60)) run "train-step-$2" "$python" benchmarks/train_step.py "${upstream[@]}" \
+        --device cuda --budget-s "$1" --model "DiTDH-$3-256" --steps 10 --warm-up 3 \
+        --precision tf32 --precision bf16 --json "$out/train-step-$2.json" "${@:4}"
 }
 part() {
     case $1 in
@@ -54,10 +54,10 @@ part() {
         [[ -n ${UPSTREAM:-} ]] || return 0
         run train-parity "$python" benchmarks/train_parity.py "${upstream[@]}" --device cuda \
             --json "$out/train-parity.json"
-        train_step XL XL --batch 64
-        train_step S S --batch 128
-        train_step trials S --batch 128 --variant "ours whole" --variant "ours compiled aligned" \
-            --variant "ours whole aligned"
+        train_step 480 XL XL --batch 64 --batch 32
+        train_step 360 S S --batch 128 --batch 64 --batch 256
+        train_step 180 trials S --batch 128 --rounds 1 --variant "ours whole" \
+            --variant "ours compiled aligned" --variant "ours whole aligned"
         ;;
     service)
         LIMIT=300 run over-http "$python" benchmarks/over_http.py --device cuda --model DiTDH-XL-256 \

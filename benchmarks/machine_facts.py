@@ -1,10 +1,16 @@
-"""What figures say of where they were measured; without torch, which a load's generator spares."""
+"""What figures say of where they were measured; torch only where it is asked for, since a load's
+generator spares it."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def cpu_name() -> str:
@@ -17,3 +23,21 @@ def cpu_name() -> str:
 def commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    import torch
+
+    facts = {
+        "device": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
+    }
+    if device.type == "cuda":
+        import triton
+
+        name = torch.cuda.get_device_name(device)
+        facts |= {"device": name, "triton": triton.__version__, "cuda": torch.version.cuda}
+    return facts

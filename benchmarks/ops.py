@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import triton
 import triton.testing
-from forward import machine
+from machine_facts import machine
 from op_cases import CASES, Case, Run, draw
 
 QUANTILES = [0.2, 0.5, 0.8]

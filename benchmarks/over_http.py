@@ -37,7 +37,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from forward import machine
+from machine_facts import machine
 from PIL import Image
 from subjects import Served, cpu_seconds, find_checkpoint, serve
 

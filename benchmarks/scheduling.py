@@ -34,7 +34,7 @@ from statistics import mean, median, quantiles
 from typing import Any
 
 import torch
-from forward import machine
+from machine_facts import machine
 from rival_schedulers import OneRequest, RequestLevel
 from simulation import (
     STEPS,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from forward import machine
+from machine_facts import machine
 from torch import Tensor
 
 from rae.models.config import CONFIGS, DiTDHConfig

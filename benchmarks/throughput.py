@@ -39,8 +39,9 @@ from typing import Any
 import torch
 from arms import Arm, Authors, Ours, Plain, Task, synchronize
 from figures import Figures
-from forward import count, machine, matmuls
+from forward import count, matmuls
 from lanes import Lane, in_turns
+from machine_facts import machine
 from subjects import find_checkpoint, serve
 
 from rae.models.checkpoint_config import CheckpointConfig, read_config

@@ -15,37 +15,38 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from authors import AuthorsTrainer, add_clone, make_model, predict_draws
-from forward import machine
+from authors import AuthorsTrainer, make_model, require_clone
+from machine_facts import machine
 from safetensors.torch import save_file
-from subjects import draw_weights
 from torch import Tensor, nn
+from train_traces import (
+    SHORT,
+    TABLES,
+    Config,
+    Tensors,
+    draw_samples,
+    draw_weights_of,
+    run_ours,
+    run_theirs,
+    short_recipe,
+)
 
-from rae.models.config import CONFIGS, DecoderConfig, DiTDHConfig
-from rae.models.dit import DiT, DiTConfig
-from rae.models.dit_dh import DiTDH
-from rae.models.rae import RAE
-from rae.training.batch import Batch
-from rae.training.distributed import World
-from rae.training.draws import generator
-from rae.training.learner import Learner
+from rae.models.config import CONFIGS, DiTDHConfig
+from rae.models.dit import DiTConfig
+from rae.training.precision import set_matmul_precision
 from rae.training.recipe import IMAGENET_IMAGES
-from rae.training.stage2.dit_dh import DiTTask, FlowMatching, StepDraws
 from rae.training.stage2.losses import logit_normal_quantile
-from rae.training.stage2.presets import DIT_PRESETS, DiTRecipe
+from rae.training.stage2.presets import DIT_PRESETS
+from rae.training.stage2.run_dit import build
 
-NUM_STEPS = 3
-FIRST_SEED = 2  # each step of 6 drops some labels and keeps some
 BOUND = 1e-5
-Config = DiTDHConfig | DiTConfig
-Tensors = dict[str, Tensor]
 
 TINY = {
     "latent_channels": 4,
@@ -83,154 +84,10 @@ SUBJECTS: dict[str, Config] = {
 }
 
 
-# An epoch is a step, and the rate falls at the third.
-SHORT: dict[str, Any] = {"epochs": 3.0, "constant_epochs": 1.0, "ema_decay": 0.9}
-
-
-class Sample(NamedTuple):
-    """The data and the draws of one step."""
-
-    latents: Tensor
-    class_labels: Tensor
-    draws: StepDraws
-    seed: int
-
-
-@dataclass
-class Trace:
-    """What three steps gave. `losses` are of the steps, `gradients` of the first."""
-
-    losses: list[float] = field(default_factory=list)
-    gradients: Tensors = field(default_factory=dict)
-    weights: Tensors = field(default_factory=dict)
-    averages: Tensors = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GivenDraws(FlowMatching):
-    """Draws that were made elsewhere, in turn."""
-
-    steps: list[StepDraws]
-
-    def draw(
-        self, positions: Tensor, latent_shape: Sequence[int], device: torch.device
-    ) -> StepDraws:
-        return self.steps.pop(0)
-
-
-def short_recipe(config: Config, batch_size: int) -> DiTRecipe:
-    return DiTRecipe(model=config, batch_size=batch_size, **SHORT)
-
-
-def draw_weights_of(config: Config) -> Tensors:
-    torch.manual_seed(0)
-    model = DiTDH(config) if isinstance(config, DiTDHConfig) else DiT(config)
-    draw_weights(model)
-    return copies(model.state_dict())
-
-
-def draw_samples(recipe: DiTRecipe, device: torch.device) -> list[Sample]:
-    config, samples = recipe.model, []
-    for seed in range(FIRST_SEED, FIRST_SEED + NUM_STEPS):
-        rng = generator("cpu", seed)
-        latents = torch.randn(recipe.batch_size, *config.latent_shape, generator=rng).to(device)
-        labels = torch.randint(config.num_classes, (recipe.batch_size,), generator=rng).to(device)
-        samples.append(Sample(latents, labels, predict_draws(recipe, latents, labels, seed), seed))
-    return samples
-
-
-def run_theirs(
-    recipe: DiTRecipe, weights: Tensors, samples: list[Sample], *, trains_tables: bool = False
-) -> Trace:
-    device = samples[0].latents.device
-    model = make_model(recipe.model)
-    model.load_state_dict(weights)
-    trainer = AuthorsTrainer(
-        model.to(device), recipe, steps_per_epoch=1, trains_tables=trains_tables
-    )
-    trace = Trace()
-    for sample in samples:
-        torch.manual_seed(sample.seed)
-        trace.losses.append(trainer.backward(sample.latents, sample.class_labels).item())
-        trace.gradients = trace.gradients or copies(gradients(model))
-        trainer.update()
-    trace.weights, trace.averages = copies(model.state_dict()), copies(trainer.ema.state_dict())
-    return trace
-
-
-def run_ours(recipe: DiTRecipe, weights: Tensors, samples: list[Sample]) -> Trace:
-    config, device = recipe.model, samples[0].latents.device
-    model = DiTDH(config) if isinstance(config, DiTDHConfig) else DiT(config)
-    model.load_state_dict(weights)
-    learner = Learner[nn.Module](
-        model,
-        World(0, 1, device),
-        recipe.adamw,
-        recipe.lr_schedule(recipe.batch_size),
-        ema_decay=recipe.ema_decay,
-    )
-    objective = GivenDraws(
-        shift=recipe.time_shift,
-        null_label=config.null_label,
-        class_dropout_prob=config.class_dropout_prob,
-        seed=0,
-        steps=[sample.draws for sample in samples],
-    )
-    task = DiTTask(learner, objective, identity_rae(config).to(device))
-    first, trace = samples[0], Trace()
-    objective.loss(model, first.latents, first.class_labels, first.draws).backward()
-    trace.gradients = copies(gradients(model))
-    model.zero_grad()
-    for step, sample in enumerate(samples):
-        batch = Batch(
-            positions=torch.zeros_like(sample.class_labels),
-            class_labels=sample.class_labels,
-            latents=sample.latents,
-        )
-        trace.losses.append(task.train_step([batch], step)["loss"].item())
-    assert learner.ema is not None
-    trace.weights, trace.averages = copies(model.state_dict()), copies(learner.ema.averages)
-    return trace
-
-
-def identity_rae(config: Config) -> RAE:
-    """Whose latents are normalised already; what it decodes to is not asked."""
-    decoder = DecoderConfig(
-        latent_channels=config.latent_channels,
-        hidden_size=4,
-        depth=1,
-        num_heads=1,
-        intermediate_size=4,
-        patch_size=1,
-        grid=config.latent_size,
-    )
-    rae = RAE(decoder, image_mean=(0, 0, 0), image_std=(1, 1, 1), has_mean=False)
-    rae.eps.zero_()
-    return rae
-
-
-def gradients(model: nn.Module) -> Tensors:
-    """Of what is trained here: their W and pos_embed are left out."""
-    tables = ("t_embedder.W", "pos_embed")
-    return {
-        name: parameter.grad
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and name not in tables
-    }
-
-
-def copies(tensors: Mapping[str, Tensor]) -> Tensors:
-    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
-
-
 def relative_error(ours: Tensors, theirs: Tensors) -> float:
     """Of all of `ours` together. Raises KeyError where one is not theirs."""
     difference = sum(float((ours[n].double() - theirs[n]).square().sum()) for n in ours)
     return (difference / sum(float(theirs[n].double().square().sum()) for n in ours)) ** 0.5
-
-
-def moved(after: Tensors, before: Tensors, names: Mapping[str, Tensor]) -> Tensors:
-    return {name: after[name].double() - before[name].double() for name in names}
 
 
 def compare(config: Config, device: torch.device, batch_size: int) -> dict[str, Any]:
@@ -240,28 +97,25 @@ def compare(config: Config, device: torch.device, batch_size: int) -> dict[str, 
     assert ours.gradients.keys() == theirs.gradients.keys() == ours.averages.keys()
     each = {n: relative_error({n: g}, theirs.gradients) for n, g in ours.gradients.items()}
     worst = max(each, key=lambda n: each[n])
-    trained = ours.averages
-    tables = run_theirs(recipe, before, samples, trains_tables=True)
+
+    def way(after: Tensors) -> Tensors:
+        return {n: after[n].double() - before[n].double() for n in ours.averages}
+
     losses = [torch.tensor(trace.losses, dtype=torch.float64) for trace in (ours, theirs)]
+    tables = run_theirs(recipe, before, samples, trains_tables=True).weights
     return {
         "loss": ((losses[0] - losses[1]).abs() / losses[1]).max().item(),
         "gradients": relative_error(ours.gradients, theirs.gradients),
         "worst_gradient": [worst, each[worst]],
-        "weights": relative_error({n: ours.weights[n] for n in trained}, theirs.weights),
-        "weights_way": relative_error(
-            moved(ours.weights, before, trained), moved(theirs.weights, before, trained)
-        ),
+        "weights": relative_error({n: ours.weights[n] for n in ours.averages}, theirs.weights),
+        "weights_way": relative_error(way(ours.weights), way(theirs.weights)),
         "ema": relative_error(ours.averages, theirs.averages),
-        "ema_way": relative_error(
-            moved(ours.averages, before, trained), moved(theirs.averages, before, trained)
-        ),
+        "ema_way": relative_error(way(ours.averages), way(theirs.averages)),
         "tables": {
-            "weights_way": relative_error(
-                moved(tables.weights, before, trained), moved(theirs.weights, before, trained)
-            ),
+            "weights_way": relative_error(way(tables), way(theirs.weights)),
             **{
-                n.rpartition(".")[2]: (tables.weights[n] - before[n]).abs().max().item()
-                for n in ("t_embedder.W", "pos_embed")
+                n.rpartition(".")[2]: (tables[n] - before[n]).abs().max().item()
+                for n in TABLES
                 if n in before
             },
         },
@@ -321,13 +175,10 @@ def compare_times(num: int = 100_000) -> dict[str, float]:
 def compare_init(config: Config) -> dict[str, Any]:
     """Tensors whose mean, standard deviation or share of zeros is another by more than five
     standard errors, and the largest difference of what is not random."""
-    torch.manual_seed(1)
-    ours = DiTDH(config) if isinstance(config, DiTDHConfig) else DiT(config)
-    ours.init_weights()
-    theirs = make_model(config).state_dict()
+    ours, theirs = build(config, 1).state_dict(), make_model(config).state_dict()
     fixed = {n for n in theirs if n == "pos_embed" or "freqs_" in n}
     differ: dict[str, Any] = {}
-    for name, value in ours.state_dict().items():
+    for name, value in ours.items():
         if name in fixed:
             continue
         one, other = statistics_of(value), statistics_of(theirs[name])
@@ -335,9 +186,8 @@ def compare_init(config: Config) -> dict[str, Any]:
         limits = (2**0.5 * error, error, 1e-3)
         if any(abs(a - b) > limit for a, b, limit in zip(one, other, limits, strict=True)):
             differ[name] = {"ours": one, "theirs": other}
-    assert ours.state_dict().keys() == theirs.keys()
-    state = ours.state_dict()
-    tables = max((state[name] - theirs[name]).abs().max().item() for name in fixed)
+    assert ours.keys() == theirs.keys()
+    tables = max((ours[name] - theirs[name]).abs().max().item() for name in fixed)
     return {"tensors": len(theirs) - len(fixed), "differ": differ, "tables": tables}
 
 
@@ -369,12 +219,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--record", type=Path, help="a folder for the steps of tiny models")
     args = parser.parse_args()
-    try:
-        add_clone(args.upstream)
-    except ImportError as error:
-        sys.exit(
-            f"train_parity: {args.upstream} is no clone of bytetriper/RAE that can run: {error}"
-        )
+    require_clone(args.upstream, "train_parity")
+    set_matmul_precision("fp32")
+    torch.backends.cudnn.allow_tf32 = False  # their embedders are convolutions, ours are linears
     if args.record:
         for name, config in RECORDED.items():
             record(name, config, args.record)

@@ -16,6 +16,7 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 import torch
+from drawing import label_ends, over_seeds, polish, save
 from lab import (
     Figures,
     Lab,
@@ -24,12 +25,8 @@ from lab import (
     encode,
     forward_mflops,
     generator_task,
-    label_ends,
     open_lab,
-    over_seeds,
-    polish,
     run,
-    save,
     say,
     trained,
 )

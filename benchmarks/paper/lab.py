@@ -1,4 +1,4 @@
-"""What the scripts of the paper's claims share: the digits' latents, training, judging, plots.
+"""What the scripts of the paper's claims share: the digits' latents, training, judging.
 
 The encoder, its statistics and the decoder are the embedded checkpoint's.
 """
@@ -11,18 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rae.models.checkpoint import Checkpoint, load_checkpoint
 from rae.models.config import DiTDHConfig
-from rae.models.dit import DiT, DiTConfig
-from rae.models.dit_dh import DiTDH
+from rae.models.dit import DiTConfig
 from rae.models.rae import RAE
 from rae.models.sampling import VelocityModel, denoise, draw_noise, timesteps, to_uint8
 from rae.training.batch import Batch
@@ -42,11 +39,8 @@ from rae.training.lr_schedule import LRSchedule
 from rae.training.planning.flops import model_flops
 from rae.training.precision import Precision
 from rae.training.stage2.dit_dh import DiTTask, FlowMatching
+from rae.training.stage2.run_dit import build
 from rae.training.trainer import Task
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "models" / "digits"
@@ -189,23 +183,14 @@ def gaussian(latents: Tensor) -> Gaussian:
     return moments.gaussian()
 
 
-def build(config: DiTConfig | DiTDHConfig, seed: int) -> DiT | DiTDH:
-    """With the published initial weights."""
-    torch.manual_seed(seed)
-    model = DiTDH(config) if isinstance(config, DiTDHConfig) else DiT(config)
-    model.init_weights()
-    return model
-
-
 def forward_mflops(config: DiTConfig | DiTDHConfig) -> float:
     """Of one image."""
     return model_flops(config).forward / 1e6
 
 
 def generator_task(rae: RAE, config: DiTConfig | DiTDHConfig, plan: Plan) -> DiTTask:
-    model = build(config, plan.seed)
     learner: Learner[nn.Module] = Learner(
-        model,
+        build(config, plan.seed),
         World(0, 1, torch.device("cpu")),
         AdamWConfig(lr=plan.lr, clip_norm=1.0),
         plan.lr_schedule,
@@ -233,15 +218,6 @@ def averages(losses: Sequence[float], width: int) -> list[tuple[float, float]]:
     return [(i + (width + 1) / 2, sum(losses[i : i + width]) / width) for i in starts]
 
 
-def over_seeds(
-    runs: Sequence[Sequence[Figures]], name: str
-) -> tuple[list[int], list[float], list[float], list[float]]:
-    """Of runs judged at the same steps: the steps, and the mean, least and greatest of a figure."""
-    values = [[row[name] for row in rows] for rows in zip(*runs, strict=True)]
-    means = [sum(row) / len(row) for row in values]
-    return [row["step"] for row in runs[0]], means, list(map(min, values)), list(map(max, values))
-
-
 def run(
     description: str | None,
     measure: Callable[[bool], Figures],
@@ -255,9 +231,16 @@ def run(
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--plot", type=Path, help="where the plot goes, a PNG")
     args = parser.parse_args()
+    sys.path.append(str(ROOT / "benchmarks"))
+    from machine_facts import machine
+
     begin = time.perf_counter()
     figures = measure(args.quick)
-    figures = {**machine(), "seconds": round(time.perf_counter() - begin), **figures}
+    figures = {
+        **machine(torch.device("cpu")),
+        "seconds": round(time.perf_counter() - begin),
+        **figures,
+    }
     text = json.dumps(figures, indent=1) + "\n"
     for path in (args.json, args.plot):
         if path is not None:
@@ -271,61 +254,5 @@ def run(
     return 0
 
 
-def machine() -> Figures:
-    sys.path.append(str(ROOT / "benchmarks"))
-    from machine_facts import commit, cpu_name
-
-    return {
-        "device": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": date.today().isoformat(),
-    }
-
-
 def say(text: str) -> None:
     sys.stderr.write(text + "\n")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """A PNG of 64 colours."""
-    from PIL import Image
-
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
-
-
-def polish(axes: Axes) -> None:
-    """No frame, and plain numbers on a logarithmic axis."""
-    from matplotlib.ticker import LogFormatter
-
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_yscale() == "log":
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-
-
-def pretty(name: str) -> str:
-    return name.replace("^DH", "$^{DH}$")
-
-
-def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Texts in their colours right of points (x, y, text, colour), moved apart where they meet."""
-    figure = axes.figure
-    figure.canvas.draw()
-    height, lowest = figure.dpi / 72 * 11, -float("inf")
-    for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
-        pixel = axes.transData.transform((x, y))[1]
-        lowest = max(pixel, lowest + height)
-        axes.annotate(
-            pretty(text),
-            (x, y),
-            xytext=(6, (lowest - pixel) * 72 / figure.dpi),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-        )

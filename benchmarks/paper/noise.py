@@ -17,18 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from drawing import label_ends, polish, pretty, save
 from lab import (
     Figures,
     Lab,
     Plan,
     encode,
     generator_task,
-    label_ends,
     open_lab,
-    polish,
-    pretty,
     run,
-    save,
     say,
     trained,
 )

@@ -12,18 +12,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from drawing import label_ends, over_seeds, polish, save
 from lab import (
     Figures,
     Lab,
     Plan,
     averages,
     generator_task,
-    label_ends,
     open_lab,
-    over_seeds,
-    polish,
     run,
-    save,
     say,
     trained,
 )

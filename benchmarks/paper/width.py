@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from drawing import label_ends, polish, pretty, save
 from lab import (
     Figures,
     Lab,
@@ -24,12 +25,8 @@ from lab import (
     averages,
     forward_mflops,
     generator_task,
-    label_ends,
     open_lab,
-    polish,
-    pretty,
     run,
-    save,
     say,
     trained,
 )

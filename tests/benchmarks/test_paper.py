@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from rae.training.stage2.run_dit import build
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu" / "paper"
 Lab = Any
@@ -24,7 +26,7 @@ CLAIMS = ("width", "shift", "noise", "head")
 def scripts() -> Iterator[dict[str, ModuleType]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks" / "paper")
-        yield {name: importlib.import_module(name) for name in ("lab", *CLAIMS)}
+        yield {name: importlib.import_module(name) for name in ("lab", "drawing", *CLAIMS)}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_a_trained_model_is_judged_better_than_a_fresh_one(
     lab: Lab,
 ) -> None:
     trained = lab.checkpoint.dit_dh
-    fresh = scripts["lab"].build(trained.config, 0)
+    fresh = build(trained.config, 0)
     good, bad = (lab.judged(model, 3.0, per_class=4, num_steps=12) for model in (trained, fresh))
     assert good["recognised"] > 0.8 > bad["recognised"]
     assert good["frechet"] < 0.5 * bad["frechet"]
@@ -103,7 +105,7 @@ def test_batches_and_figures_repeat(scripts: dict[str, ModuleType], lab: Lab) ->
         [{"step": 5, "x": 1.0}, {"step": 9, "x": 2.0}],
         [{"step": 5, "x": 3.0}, {"step": 9, "x": 0.0}],
     ]
-    assert scripts["lab"].over_seeds(runs, "x") == ([5, 9], [2.0, 1.0], [1.0, 0.0], [3.0, 2.0])
+    assert scripts["drawing"].over_seeds(runs, "x") == ([5, 9], [2.0, 1.0], [1.0, 0.0], [3.0, 2.0])
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
