@@ -156,7 +156,9 @@ def train_digits(
         return False
     rae.decoder.load_state_dict(weights)
     latents = encode(samples, rae, out / "latents", world, settings)
-    measured = measure_shards(latents, world, batch_size=ENCODE_BATCH, on_batch=lambda _: None)
+    measured = measure_shards(
+        latents, world, has_flips=False, batch_size=ENCODE_BATCH, on_batch=lambda _: None
+    )
     rae.latents_mean = measured.statistics.mean.float()
     rae.latents_var = measured.statistics.var.float()
     models = []

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from rae.training.console import NOTHING_WRITTEN, clear_errors
 from rae.training.run_settings import Precision, Strategy
 
 
@@ -35,7 +36,7 @@ def plan_command(
     from rae.training.planning.plan_sheet import sheet, verdict
 
     console = Console()
-    try:
+    with clear_errors(NOTHING_WRITTEN):
         known = presets()
         if preset not in known:
             raise ValueError(f"unknown preset {preset!r}; {suggestion(preset, list(known))}")
@@ -55,8 +56,6 @@ def plan_command(
             pre_encoded=latents,
             micro_batch=micro_batch,
         )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     console.print(sheet(plan, preset))
     console.print(verdict(plan))
     if not plan.fits(plan.used_micro_batch):

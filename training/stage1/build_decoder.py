@@ -17,7 +17,7 @@ from rae.training.stage1.features import (
     DINO_FILE,
     DinoFeatures,
     EncoderFeatures,
-    Features,
+    FeatureMaps,
     build_dino,
     load_dino,
 )
@@ -91,7 +91,7 @@ def build_perceptual(recipe: DecoderRecipe, rae: RAE, world: World) -> Perceptua
 def build_adversary(
     recipe: DecoderRecipe, rae: RAE, world: World, num_images: int
 ) -> Adversary | None:
-    features: Features
+    features: FeatureMaps
     match recipe.discriminator:
         case "dino":
             path = weights_file(recipe.dino_weights, DINO_FILE, "dino_weights", "discriminator")
