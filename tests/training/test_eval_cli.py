@@ -74,6 +74,10 @@ def test_reconstruction_and_its_grid(folder: Path) -> None:
         (f"samples made.npz --reference real.npz --encoder {DIGITS} --device tpu", "allowed: auto"),
         (f"samples made.npz --reference real.npz --encoder {DIGITS} --device cuda:99", "GPUs that"),
         (f"reconstruction {DIGITS} --images real.npz --lpips a", "a is missing"),
+        (
+            f"reconstruction {DIGITS}/encoder --images real.npz",
+            "not a rae checkpoint's",
+        ),
         ("reconstruction . --images real.npz", "not a checkpoint folder"),
         (f"stats . --encoder {DIGITS} --out ref.npz", "no image"),
         (f"stats empty.npz --encoder {DIGITS} --out ref.npz", "arr_0 has no images, it is uint8"),

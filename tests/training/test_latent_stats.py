@@ -239,7 +239,7 @@ def test_what_commands_cannot_do_they_tell(folder: Path, tmp_path: Path) -> None
         missing,
         "--out",
         out,
-        error="it has no config.json",
+        error="has no config.json",
     )
     wrong = tmp_path / "encoder"
     wrong.mkdir()
