@@ -135,7 +135,7 @@ def too_few(num: int, network: FeatureNetwork, what: str, *, of_fid: bool = True
         )
     if of_fid and network.is_fid and num != FID_IMAGES:
         found.append(
-            f"{num:,} {what}: published FIDs are of {FID_IMAGES:,}, and fewer make them larger"
+            f"{num:,} {what}: published FIDs are of {FID_IMAGES:,}, and fewer give a larger one"
         )
     return found
 
