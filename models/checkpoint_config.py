@@ -169,7 +169,9 @@ def parse_config(text: str) -> AutoencoderConfig:
     values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError("config.json does not hold an object")
-    version = values.pop("format_version", None)
+    if "format_version" not in values:
+        raise ValueError("not a rae checkpoint's: it has no format_version")
+    version = values.pop("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(f"format_version {version!r}; this rae-server reads 1 to {FORMAT_VERSION}")
     has_dit_dh = values.keys() & {"dit_dh", "guide", "classes", "shift", "defaults"}

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -73,6 +74,25 @@ class Encoder(nn.Module):
                 order = order.expand(len(pixels), -1)
                 options["interpolate_pos_encoding"] = True
                 return backbone(pixels, noise=order, **options), 1
+
+
+def encoder_pixels(
+    encoder: Encoder, images: Tensor, image_mean: Tensor, image_std: Tensor
+) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] in the encoder's size, bicubic without antialias, and
+    normalised."""
+    size = (encoder.config.image_size,) * 2
+    if tuple(images.shape[-2:]) != size:
+        images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
+    return (images - image_mean) / image_std
+
+
+def encode_images(
+    encoder: Encoder, images: Tensor, image_mean: Tensor, image_std: Tensor
+) -> Tensor:
+    """The tokens of images (B, 3, H, W) in [0, 1] as raw latents (B, C, h, w)."""
+    tokens = encoder(encoder_pixels(encoder, images, image_mean, image_std))  # (B, N, C)
+    return tokens.transpose(1, 2).unflatten(-1, encoder.latent_shape[1:])
 
 
 def load_encoder(config: EncoderConfig, folder: Path) -> Encoder:

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae.models.config import DecoderConfig
 from rae.models.decoder import Decoder
-from rae.models.encoder import Encoder
+from rae.models.encoder import Encoder, encode_images, encoder_pixels
 
 
 class RAE(nn.Module):
@@ -73,17 +72,12 @@ class RAE(nn.Module):
         """
         if self.encoder is None:
             raise ValueError("this checkpoint has no encoder: images can be decoded only")
-        tokens = self.encoder(self.encoder_pixels(images))  # (B, N, C)
-        grid = self.decoder.config.grid
-        return tokens.transpose(1, 2).unflatten(-1, (grid, grid))
+        return encode_images(self.encoder, images, self.image_mean, self.image_std)
 
     def encoder_pixels(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] in the encoder's size and normalisation."""
         assert self.encoder is not None
-        size = self.encoder.config.image_size
-        if tuple(images.shape[-2:]) != (size, size):
-            images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False)
-        return (images - self.image_mean) / self.image_std
+        return encoder_pixels(self.encoder, images, self.image_mean, self.image_std)
 
     def encode(self, images: Tensor) -> Tensor:
         """Normalised latents (B, C, h, w) of images (B, 3, H, W) in [0, 1]."""

@@ -68,7 +68,7 @@ def run_dit(settings: DiTSettings) -> None:
     with joined(settings.device) as world:
         recipe = override(DIT_PRESETS[settings.preset], settings.changes or [])
         config, rae = open_rae(settings.rae, settings.statistics, settings.images is not None)
-        samples, facts, classes = open_samples(settings, recipe)
+        samples, facts = open_samples(settings, recipe)
         require_encoder_of(config, samples)
         require_fit(recipe, samples, rae)
         facts["rae"] = config.sha256[DECODER_FILE]
@@ -85,7 +85,7 @@ def run_dit(settings: DiTSettings) -> None:
                 rae.cpu(),
                 recipe,
                 trained(recipe, weights),
-                classes=classes,
+                classes=samples.class_names,
                 encoder=settings.rae / "encoder",
                 name=settings.out.resolve().name,
             )
@@ -222,10 +222,8 @@ def require_encoder_of(config: AutoencoderConfig, samples: Samples) -> None:
                 raise ValueError(f"{samples.folder}: its encoder's {name} is not the RAE's")
 
 
-def open_samples(
-    settings: DiTSettings, recipe: DiTRecipe
-) -> tuple[Samples, dict[str, Any], tuple[str, ...]]:
-    """What is trained on, the facts that tell it from others, and the classes' names."""
+def open_samples(settings: DiTSettings, recipe: DiTRecipe) -> tuple[Samples, dict[str, Any]]:
+    """What is trained on, and the facts that tell it from others."""
     if (settings.images is None) == (settings.latents is None):
         raise ValueError("either --images or --latents is needed")
     if settings.latents is not None:
@@ -239,9 +237,8 @@ def open_samples(
                 f"--set image_size={index.image_size} "
                 f"--set horizontal_flip={str(index.has_flips).lower()}"
             )
-        return shards, {"latents": shards.index.facts}, ()
+        return shards, {"latents": shards.index.facts}
     assert settings.images is not None
     source = open_dataset(settings.images)
     crop = CenterCrop(recipe.image_size, flip=recipe.horizontal_flip)
-    classes = getattr(source, "class_names", ())
-    return ImageSamples(source, crop), {"images": facts_of(source)}, classes
+    return ImageSamples(source, crop), {"images": facts_of(source)}

@@ -63,8 +63,8 @@ class StoppedError(RuntimeError):
     """A signal has ended the run before its last step; its state is saved."""
 
     def __init__(self, number: int) -> None:
-        super().__init__("stopped, and saved: the same command goes on")
-        self.signal = number
+        self.signal = signal.Signals(number)
+        super().__init__(f"stopped by {self.signal.name}, and saved")
 
 
 @dataclass(frozen=True, kw_only=True)

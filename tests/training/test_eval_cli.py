@@ -24,6 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, name in enumerate(("made", "real")):
         images = np.random.default_rng(seed).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
         np.savez(f"{name}.npz", arr_0=images)
+    np.savez("empty.npz", arr_0=np.empty((0, 32, 32, 3), dtype=np.uint8))
     return tmp_path
 
 
@@ -52,7 +53,7 @@ def test_samples_on_an_encoder(folder: Path) -> None:
 
 def test_reconstruction_and_its_grid(folder: Path) -> None:
     result = run(
-        *("reconstruction", DIGITS, "--data", "real.npz"),
+        *("reconstruction", DIGITS, "--images", "real.npz"),
         *("--grid", "grid.png", "--json", "out.json", "--device", "cpu"),
     )
     assert result.exit_code == 0, result.output
@@ -72,21 +73,28 @@ def test_reconstruction_and_its_grid(folder: Path) -> None:
         (f"samples made.npz --reference none.npz --encoder {DIGITS}", "No such file"),
         (f"samples made.npz --reference real.npz --encoder {DIGITS} --device tpu", "allowed: auto"),
         (f"samples made.npz --reference real.npz --encoder {DIGITS} --device cuda:99", "GPUs that"),
-        (f"reconstruction {DIGITS} --data real.npz --lpips a", "a is missing"),
-        ("reconstruction . --data real.npz", "not a checkpoint folder"),
+        (f"reconstruction {DIGITS} --images real.npz --lpips a", "a is missing"),
+        (
+            f"reconstruction {DIGITS}/encoder --images real.npz",
+            "not a rae checkpoint's",
+        ),
+        ("reconstruction . --images real.npz", "not a checkpoint folder"),
         (f"stats . --encoder {DIGITS} --out ref.npz", "no image"),
+        (f"stats empty.npz --encoder {DIGITS} --out ref.npz", "arr_0 has no images, it is uint8"),
+        (f"stats real.npz --encoder {DIGITS} --out made.npz", "made.npz exists: take another"),
+        ("samples made.npz --reference real.npz --encoder .", ". holds no encoder: neither a ch"),
     ],
 )
 def test_what_is_wrong_is_one_line(folder: Path, arguments: str, message: str) -> None:
     result = run(*arguments.split())
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("option", ["--json", "--grid"])
 def test_where_nothing_can_be_written_nothing_is_measured(folder: Path, option: str) -> None:
-    result = run("reconstruction", DIGITS, "--data", "real.npz", option, "none/out")
+    result = run("reconstruction", DIGITS, "--images", "real.npz", option, "none/out")
     assert result.exit_code == 2 and "none is not a folder" in result.stderr
 
 

@@ -15,7 +15,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from rae.models.checkpoint import load_autoencoder
 from rae.models.published import NORMALISATION
-from rae.training.evaluation.feature_networks import InceptionFeatures, load_encoder_features
+from rae.training.evaluation.feature_networks import InceptionNetwork, load_encoder_network
 from rae.training.evaluation.frechet import Gaussian
 from rae.training.evaluation.image_evaluation import evaluate_samples, figure_name
 from rae.training.evaluation.image_sources import NpzImages
@@ -47,11 +47,11 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def inception(inception_file: Path) -> InceptionFeatures:
-    return InceptionFeatures(inception_file)
+def inception(inception_file: Path) -> InceptionNetwork:
+    return InceptionNetwork(inception_file)
 
 
-def test_inception_features(inception: InceptionFeatures) -> None:
+def test_inception_features(inception: InceptionNetwork) -> None:
     images = random_images(2, 16)
     features = inception(images)
     pooled, logits = inception.network(images)
@@ -72,7 +72,7 @@ def test_inception_features(inception: InceptionFeatures) -> None:
 
 
 def test_statistics_on_inception_are_torch_fidelitys(
-    inception: InceptionFeatures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inception: InceptionNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets = random_images(4, 16), random_images(4, 16, 1) // 2
     for name, images in zip(("made", "real"), sets, strict=True):
@@ -105,10 +105,10 @@ def test_statistics_on_inception_are_torch_fidelitys(
 
 def test_other_files_than_inceptions_are_refused(tmp_path: Path, inception_file: Path) -> None:
     with pytest.raises(ValueError, match=r"is no file: wanted is pt_inception-2015-12-05-6726825d"):
-        InceptionFeatures(tmp_path / "absent.pth")
+        InceptionNetwork(tmp_path / "absent.pth")
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other tensors than FID's Inception-v3"):
-        InceptionFeatures(tmp_path / "other.pth")
+        InceptionNetwork(tmp_path / "other.pth")
 
 
 class Hostile:
@@ -120,13 +120,13 @@ def test_nothing_of_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     torch.save({"fc.weight": Hostile()}, "hostile.pth")
     with pytest.raises(ValueError, match="nothing of it was executed"):
-        InceptionFeatures(tmp_path / "hostile.pth")
+        InceptionNetwork(tmp_path / "hostile.pth")
     assert not Path("executed").exists()
 
 
 @pytest.mark.parametrize("size", [32, 48])
 def test_a_checkpoints_encoder(size: int) -> None:
-    network = load_encoder_features(DIGITS)
+    network = load_encoder_network(DIGITS)
     _, rae = load_autoencoder(DIGITS)
     images = random_images(3, size)
     expected = rae.encode_raw(images.float() / 255).mean((2, 3))
@@ -136,24 +136,24 @@ def test_a_checkpoints_encoder(size: int) -> None:
 
 
 def test_an_encoder_alone_is_normalised_as_its_kind() -> None:
-    network = load_encoder_features(DIGITS / "encoder")
+    network = load_encoder_network(DIGITS / "encoder")
     _, rae = load_autoencoder(DIGITS)
     assert rae.encoder is not None
     images = random_images(3, 32)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALISATION["mae"])
     expected = rae.encoder((images / 255 - mean) / std).mean(1)
     torch.testing.assert_close(network(images).pooled, expected)
-    assert F.cosine_similarity(expected, load_encoder_features(DIGITS)(images).pooled).max() < 1
+    assert F.cosine_similarity(expected, load_encoder_network(DIGITS)(images).pooled).max() < 1
     assert network.name == "encoder encoder"
-    assert network.fingerprint != load_encoder_features(DIGITS).fingerprint
+    assert network.fingerprint != load_encoder_network(DIGITS).fingerprint
 
 
 def test_a_folder_without_an_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no encoder"):
-        load_encoder_features(tmp_path)
+        load_encoder_network(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="holds a 'bert'; encoders are dinov2_with_registers,"):
-        load_encoder_features(tmp_path)
+        load_encoder_network(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="does not hold an object"):
-        load_encoder_features(tmp_path)
+        load_encoder_network(tmp_path)

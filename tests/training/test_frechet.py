@@ -35,22 +35,6 @@ def test_streamed_moments_are_those_of_all(sizes: list[int]) -> None:
     assert gaussian.count == 50
 
 
-def test_moments_are_merged_over_ranks() -> None:
-    values = features(50, 6, 1)
-    ranks = [moments(values[:9]), moments(values[9:]), Moments(6)]
-    # What each rank gives to the sums, in the order of the three sums.
-    count = torch.tensor(50.0, dtype=torch.float64)
-    mean = sum((rank.mean * rank.count for rank in ranks), torch.zeros(())) / count
-    parts = [r.scatter + r.count * torch.outer(r.mean - mean, r.mean - mean) for r in ranks]
-    for rank in ranks:
-        sums = iter([count, mean * count, sum(parts, torch.zeros(()))])
-        merged = rank.over_ranks(lambda _, sums=sums: next(sums))
-        whole = moments(values)
-        assert merged.count == 50
-        torch.testing.assert_close(merged.mean, whole.mean)
-        torch.testing.assert_close(merged.scatter, whole.scatter, rtol=1e-10, atol=1e-9)
-
-
 def test_gaussians_with_commuting_covariances() -> None:
     first = Gaussian(torch.tensor([1.0, 2.0, 3.0]), torch.diag(torch.tensor([4.0, 9.0, 0.0])))
     second = Gaussian(torch.tensor([1.0, 0.0, 3.0]), torch.diag(torch.tensor([1.0, 25.0, 4.0])))

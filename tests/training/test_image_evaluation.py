@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from rae.models.checkpoint import load_autoencoder
-from rae.training.evaluation.feature_networks import Features, load_encoder_features
+from rae.training.evaluation.feature_networks import ImageFeatures, load_encoder_network
 from rae.training.evaluation.image_evaluation import (
-    Report,
+    EvaluationReport,
     evaluate_reconstruction,
     evaluate_samples,
     pair_grid,
@@ -25,7 +25,7 @@ from rae.training.evaluation.image_evaluation import (
 from rae.training.evaluation.image_sources import NpzImages
 from rae.training.evaluation.measuring import evenly
 from rae.training.evaluation.metrics import precision_recall, psnr_db
-from rae.training.evaluation.reference import load_reference, write_statistics
+from rae.training.evaluation.reference import load_reference, write_reference
 from rae.training.stage1.perceptual import lpips_network
 
 DIGITS = Path(__file__).parents[2] / "models" / "digits"
@@ -43,9 +43,9 @@ class MeanColour:
     spatial_dim: int | None = None
     images: list[int] = field(default_factory=list)
 
-    def __call__(self, images: Tensor) -> Features:
+    def __call__(self, images: Tensor) -> ImageFeatures:
         self.images.append(len(images))
-        return Features(images.float().mean((2, 3)))
+        return ImageFeatures(images.float().mean((2, 3)))
 
     def to(self, device: torch.device) -> Self:
         return self
@@ -78,7 +78,7 @@ def distance_by_hand(made: np.ndarray, mean: np.ndarray, covariance: np.ndarray)
     return shift @ shift + np.trace(mine + covariance - 2 * root)
 
 
-def evaluate(folder: Path, network: MeanColour, reference: str = "real.npz") -> Report:
+def evaluate(folder: Path, network: MeanColour, reference: str = "real.npz") -> EvaluationReport:
     samples = NpzImages(folder / "made.npz")
     return evaluate_samples(samples, folder / reference, network, device=CPU, batch=7, track=track)
 
@@ -174,7 +174,7 @@ def test_written_statistics_are_read_again(tmp_path: Path, monkeypatch: pytest.M
     made = save_images(tmp_path / "made.npz", 10, 0)
     real = save_images(tmp_path / "data.npz", 10, 1)
     out, source = tmp_path / "real.npz", NpzImages(tmp_path / "data.npz")
-    write_statistics(source, MeanColour(), out, device=CPU, batch=3, track=track)
+    write_reference(source, MeanColour(), out, device=CPU, batch=3, track=track)
     with np.load(out) as file:
         assert set(file) == {"arr_0", "mu", "sigma", "num_images", "network", "network_name"}
         np.testing.assert_array_equal(file["arr_0"], real[[0, 2, 5, 7]])
@@ -195,7 +195,7 @@ def test_no_half_written_statistics_stay(tmp_path: Path) -> None:
     save_images(tmp_path / "data.npz", 1, 0)
     source = NpzImages(tmp_path / "data.npz")
     with pytest.raises(ValueError, match="1 images have no covariance"):
-        write_statistics(
+        write_reference(
             source, MeanColour(), tmp_path / "out.npz", device=CPU, batch=3, track=track
         )
     assert [file.name for file in tmp_path.iterdir()] == ["data.npz"]
@@ -220,7 +220,7 @@ def digit_images(tmp_path_factory: pytest.TempPathFactory) -> NpzImages:
 
 def test_reconstructions(digit_images: NpzImages) -> None:
     _, rae = load_autoencoder(DIGITS)
-    network = load_encoder_features(DIGITS)
+    network = load_encoder_network(DIGITS)
     result = evaluate_reconstruction(
         digit_images, rae, network, lpips=None, device=CPU, batch=8, track=track
     )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from rae.training.data.encode import encode_dataset
 from rae.training.data.image_data import ImageFolder
 from rae.training.data.latent_shards import LatentIndex, LatentShards
+from rae.training.data.latent_stats import measure_shards
 from rae.training.data.samples import ImageSamples
 from rae.training.data.stream import batches
 from rae.training.data.transforms import CenterCrop
@@ -72,6 +73,7 @@ def index_of(samples: ImageSamples, **options: Any) -> LatentIndex:  # noqa: ANN
         "shard_size": 5,
         "num_images": len(samples),
         "num_classes": samples.num_classes,
+        "class_names": samples.class_names,
         "encoder": {"kind": "pool"},
         "dataset": {"name": "set"},
     }
@@ -100,7 +102,7 @@ def test_latents_are_those_of_the_images_in_the_stream(folder: Path, tmp_path: P
     index = encode(folder, tmp_path / "latents")
     assert [entry.num_rows for entry in index.shards] == [5, 4, 5, 5, 3]
     assert [entry.num_skipped for entry in index.shards] == [0, 1, 0, 0, 0]
-    shards = LatentShards(tmp_path / "latents", verify=True)
+    shards = LatentShards(tmp_path / "latents")
     assert shards.index == index
     (folder / images(folder).name(BROKEN)).unlink()  # the same 22 images
     augmented = ImageSamples(ImageFolder(folder), CenterCrop(16, flip=True))
@@ -132,8 +134,8 @@ def test_half_precision_rounds_once(folder: Path, tmp_path: Path, dtype: str, er
     rounded = encode(folder, tmp_path / "rounded", dtype=dtype)
     assert exact.shards[0].num_bytes > 1.3 * rounded.shards[0].num_bytes
     pairs = zip(
-        LatentShards(tmp_path / "exact").chunks(0, 100),
-        LatentShards(tmp_path / "rounded").chunks(0, 100),
+        LatentShards(tmp_path / "exact").chunks(0, 100, has_flips=True),
+        LatentShards(tmp_path / "rounded").chunks(0, 100, has_flips=True),
         strict=True,
     )
     for one, other in pairs:
@@ -263,9 +265,11 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> 
     path = tmp_path / "latents" / "shard-00002.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    LatentShards(tmp_path / "latents")
+    shards = LatentShards(tmp_path / "latents")
+    shards.verify(1)
+    options: Any = {"has_flips": True, "batch_size": 2, "on_batch": lambda num: None}
     with pytest.raises(ValueError, match=r"shard-00002.safetensors has sha256"):
-        LatentShards(tmp_path / "latents", verify=True)
+        measure_shards(shards, WORLD, **options)
     path.write_bytes(data[:-1])
     with pytest.raises(ValueError, match=rf"is {len(data) - 1} bytes, index.json says {len(data)}"):
         LatentShards(tmp_path / "latents")
@@ -281,6 +285,20 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> 
         index.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=message):
             LatentShards(tmp_path / "latents")
+
+
+def test_latents_know_the_names_of_their_classes(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "latents"
+    encode(folder, out)
+    assert LatentShards(out).class_names == images(folder).class_names == ("0", "1", "2")
+    before = contents(out)
+    values = json.loads((out / "index.json").read_text())
+    del values["class_names"]  # as folders that were encoded before names were kept
+    (out / "index.json").write_text(json.dumps(values))
+    assert LatentShards(out).class_names == ()
+    (out / "index.json").unlink()
+    encode(folder, out)  # their shards hold for a run that keeps them
+    assert contents(out) == before
 
 
 def test_a_shard_that_is_damaged_while_it_is_read_ends_the_run(

@@ -38,9 +38,9 @@ app.command()(data_cli.stats)
 
 def run(*arguments: object, error: str | None = None) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == (error is not None), result.output
+    assert result.exit_code == (0 if error is None else 2), result.output
     if error is not None:
-        assert error in result.stderr.replace("\n", " ")
+        assert error in result.stderr and len(result.stderr.splitlines()) == 1
     return result.output
 
 
@@ -100,8 +100,8 @@ def test_images_have_the_statistics_of_two_passes(
     folder: Path, latents: Tensor, tmp_path: Path, batch_size: int, flips: bool
 ) -> None:
     out = tmp_path / "new" / "stats.safetensors"
-    options = ["--batch-size", batch_size, "--flips" if flips else "--no-flips"]
-    run("stats", "--data", folder, "--encoder", DIGITS, "--out", out, "--num-workers", 0, *options)
+    options = ["--batch", batch_size, "--flips" if flips else "--no-flips"]
+    run("stats", "--images", folder, "--encoder", DIGITS, "--out", out, "--workers", 0, *options)
     assert_statistics(out, latents if flips else latents[:12])
     mean = load_file(out)["latents_mean"]
     assert mean.dtype == torch.float32 and mean.shape == SHAPE
@@ -112,17 +112,33 @@ def test_encoded_latents_have_the_same(
     folder: Path, latents: Tensor, tmp_path: Path, flips: bool
 ) -> None:
     data, out = tmp_path / "latents", tmp_path / "stats.safetensors"
-    options = ["--shard-size", 4, "--batch-size", 3, "--flips" if flips else "--no-flips"]
-    command = ["encode", "--data", folder, "--encoder", DIGITS, "--num-workers", 0, *options]
+    options = ["--shard-size", 4, "--batch", 3, "--flips" if flips else "--no-flips"]
+    command = ["encode", "--images", folder, "--encoder", DIGITS, "--workers", 0, *options]
     assert "12 images; 1 could not be read" in run(*command, "--out", data)
-    run("stats", "--data", data, "--out", out, "--batch-size", 3)
-    assert_statistics(out, latents if flips else latents[:12])
-    error = "--encoder, --size, --flips: latents were encoded with theirs"
-    run("stats", "--data", data, "--out", out, "--encoder", DIGITS, error=error)
+    run("stats", "--latents", data, "--out", out, "--batch", 3)
+    assert_statistics(out, latents[:12])
+    run("stats", "--latents", data, "--out", out, error=f"{out} exists: take another name")
+    both = tmp_path / "both.safetensors"
+    command = ["stats", "--latents", data, "--out", both, "--flips"]
+    error = "--encoder, --size: latents were encoded with theirs"
+    run(*command, "--encoder", DIGITS, error=error)
+    if flips:
+        run(*command)
+        assert_statistics(both, latents)
+    else:
+        run(*command, error="has no latents of mirror images")
+
+
+def test_encoders_multiply_in_exact_fp32(folder: Path, tmp_path: Path) -> None:
+    for command in ("encode", "stats"):
+        torch.set_float32_matmul_precision("high")
+        options = ["--encoder", DIGITS, "--out", tmp_path / command, "--workers", 0]
+        run(command, "--images", folder, *options)
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_two_processes_make_the_same(folder: Path, latents: Tensor, tmp_path: Path) -> None:
-    command = ["encode", "--data", folder, "--encoder", DIGITS, "--num-workers", 0]
+    command = ["encode", "--images", folder, "--encoder", DIGITS, "--workers", 0]
     run(*command, "--shard-size", 3, "--out", tmp_path / "one")
     two = tmp_path / "two"
     shutil.copytree(tmp_path / "one", two)
@@ -134,9 +150,10 @@ from pathlib import Path
 folder, tmp_path = Path({str(folder)!r}), Path({str(tmp_path)!r})
 encoder = Path({str(DIGITS)!r})
 shared = dict(num_workers=0, device="cpu")
-stats(str(folder), tmp_path / "images.safetensors", encoder, batch_size=4, flips=True, **shared)
+options = dict(encoder=encoder, batch_size=4, flips=True)
+stats(tmp_path / "images.safetensors", str(folder), **options, **shared)
 encode(str(folder), encoder, tmp_path / "two", shard_size=3, **shared)
-stats(str(tmp_path / "two"), tmp_path / "shards.safetensors", **shared)
+stats(tmp_path / "shards.safetensors", latents=tmp_path / "two", flips=True, **shared)
 """
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -209,16 +226,26 @@ def test_other_files_are_no_statistics(tmp_path: Path) -> None:
 
 def test_what_commands_cannot_do_they_tell(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run("stats", "--data", folder, "--out", out, error="holds images: --encoder is needed")
+    run("stats", "--out", out, error="either --images or --latents is needed")
+    run("stats", "--images", folder, "--out", out, error="--encoder is needed for --images")
     missing = tmp_path / "missing"
     options = ["--encoder", DIGITS, "--out", out]
-    run("encode", "--data", missing, *options, error=f"no data set at {missing}")
-    run("encode", "--data", folder, "--encoder", missing, "--out", out, error="No such file")
+    run("encode", "--images", missing, *options, error=f"no data set at {missing}")
+    run(
+        "encode",
+        "--images",
+        folder,
+        "--encoder",
+        missing,
+        "--out",
+        out,
+        error="has no config.json",
+    )
     wrong = tmp_path / "encoder"
     wrong.mkdir()
     (wrong / "config.json").write_text('{"model_type": "bert"}')
-    run("stats", "--data", folder, "--encoder", wrong, "--out", out, error="holds a 'bert'")
+    run("stats", "--images", folder, "--encoder", wrong, "--out", out, error="holds a 'bert'")
     assert not out.exists()
-    run("encode", "--data", folder, *options, "--num-workers", 0)
-    run("encode", "--data", folder, *options, "--dtype", "bf16", error="has dtype 'fp32', not")
+    run("encode", "--images", folder, *options, "--workers", 0)
+    run("encode", "--images", folder, *options, "--dtype", "bf16", error="has dtype 'fp32', not")
     assert len(LatentShards(out)) == 12

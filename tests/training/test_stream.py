@@ -40,6 +40,7 @@ class Numbers:
     def field(self) -> Literal["latents"]:
         return "latents"
 
+    class_names = ()
     num_classes = 10
 
     def __len__(self) -> int:

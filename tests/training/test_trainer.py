@@ -250,7 +250,7 @@ def test_sigterm_saves_and_ends(tmp_path: Path, undisturbed: dict[str, Tensor]) 
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
-    assert "StoppedError: stopped, and saved" in output
+    assert "StoppedError: stopped by SIGTERM, and saved" in output
     (snapshot,) = (tmp_path / "ddp" / "snapshots").iterdir()
     assert 1 < int(snapshot.name[5:]) < STEPS
     finish(start(tmp_path, f"--steps={STEPS}"))

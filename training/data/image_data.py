@@ -20,6 +20,7 @@ class ImageSource(Protocol):
     """Image files by their number. Small to pickle: each worker of a loader gets a copy."""
 
     class_labels: np.ndarray  # (N,) int64
+    class_names: tuple[str, ...]  # none of images without classes, and of tar files
 
     def __len__(self) -> int: ...
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rae.models.checkpoint_config import read_any_config
 from rae.models.config import EncoderConfig, EncoderKind
-from rae.models.encoder import MODEL_TYPES, Encoder, load_encoder
+from rae.models.encoder import MODEL_TYPES, Encoder, encode_images, load_encoder
 from rae.models.published import NORMALISATION
 from rae.models.tensor_files import file_sha256
 
@@ -43,12 +42,7 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        size = (self.encoder.config.image_size,) * 2
-        pixels = images.float() / 255
-        if tuple(pixels.shape[-2:]) != size:
-            pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False)
-        tokens = self.encoder((pixels - self.image_mean) / self.image_std)  # (B, N, C)
-        return tokens.transpose(1, 2).unflatten(-1, self.latent_shape[1:])
+        return encode_images(self.encoder, images.float() / 255, self.image_mean, self.image_std)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +59,13 @@ def load_image_encoder(folder: Path, image_size: int | None = None) -> LoadedEnc
     """The encoder of a checkpoint folder, or a published one alone in a transformers folder.
 
     The latter's pixels are normalised as its kind's were in training, and it gets a token for
-    each 16 × 16 pixels of the image: DINOv2/14 sees 256 px at 224. Raises ValueError, OSError or
-    ImportError for a folder that holds neither.
+    each 16 × 16 pixels of the image: DINOv2/14 sees 256 px at 224. Raises ValueError for a folder
+    that holds neither, OSError for weights that cannot be read, ImportError.
     """
-    values = json.loads((folder / "config.json").read_text())
+    values = read_encoder_config(folder)
     if "model_type" not in values:
         return _of_checkpoint(folder, image_size)
-    kind = _kind_of(values["model_type"], folder)
+    kind = kind_of(values["model_type"], folder)
     image_size = image_size or 256
     patch_size = values.get("vision_config", values).get("patch_size", TOKEN_SIZE)
     config = EncoderConfig(
@@ -91,12 +85,29 @@ def _of_checkpoint(folder: Path, image_size: int | None) -> LoadedEncoder:
     return _load(config.encoder, folder / "encoder", config.image_mean, config.image_std, own)
 
 
-def _kind_of(model_type: object, folder: Path) -> EncoderKind:
+def kind_of(model_type: object, folder: Path) -> EncoderKind:
     for kind, model_types in MODEL_TYPES.items():
         if model_type in model_types:
             return kind
     known = ", ".join(name for names in MODEL_TYPES.values() for name in names)
     raise ValueError(f"{folder} holds a {model_type!r}; encoders are {known}")
+
+
+def read_encoder_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder or a transformers one. Raises ValueError for neither."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(
+            f"{folder} holds no encoder: neither a checkpoint folder nor a transformers folder, "
+            "for it has no config.json"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} does not hold an object")
+    return values
 
 
 def _load(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -41,7 +40,8 @@ class ShardEntry(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class LatentIndex:
     """What index.json says. `encoder` and `dataset` are the facts that tell them from others;
-    `image_size` is of the images that were encoded; `dtype` is how latents are stored."""
+    `image_size` is of the images that were encoded; `dtype` is how latents are stored;
+    `class_names` are none where the data set has no names."""
 
     latent_shape: tuple[int, int, int]
     image_size: int
@@ -52,13 +52,14 @@ class LatentIndex:
     num_classes: int
     encoder: Mapping[str, Any]
     dataset: Mapping[str, Any]
+    class_names: tuple[str, ...] = ()
     shards: tuple[ShardEntry, ...] = ()
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is known before the first image is encoded, as JSON has it."""
+        """What every shard says, as JSON has it; `dataset` stands for the classes' names."""
         values = asdict(self)
-        del values["shards"]
+        del values["shards"], values["class_names"]
         return json.loads(json.dumps(values))
 
     def write(self, folder: Path) -> None:
@@ -78,6 +79,7 @@ class LatentIndex:
             if version != FORMAT_VERSION:
                 raise ValueError(f"format_version {version!r}, this reads {FORMAT_VERSION}")
             values["latent_shape"] = tuple(values["latent_shape"])
+            values["class_names"] = tuple(values.get("class_names", ()))
             values["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
             return from_dict(cls, values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -88,10 +90,11 @@ class LatentShards:
     """Samples of a folder that `rae train encode` wrote, read from the mapped files, in fp32.
 
     Where both flips were encoded, a position has the one that the image itself would have had.
-    Raises ValueError for a folder that is not whole; with `verify` every shard is hashed.
+    Raises ValueError for a folder that is not whole, by the sizes of its files: their bytes are
+    only hashed by `verify`, where all of them are read anyway.
     """
 
-    def __init__(self, folder: Path, *, verify: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index = LatentIndex.read(folder)
         self._ends = np.cumsum([entry.num_rows for entry in self.index.shards])
@@ -101,8 +104,6 @@ class LatentShards:
             if size != entry.num_bytes:
                 found = "missing" if size is None else f"{size} bytes"
                 raise ValueError(f"{path} is {found}, {INDEX_FILE} says {entry.num_bytes} bytes")
-        if verify:
-            self.verify()
 
     @property
     def field(self) -> Literal["latents"]:
@@ -111,6 +112,10 @@ class LatentShards:
     @property
     def num_classes(self) -> int:
         return self.index.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.index.class_names
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -127,22 +132,20 @@ class LatentShards:
         (latents,), (class_label,) = self._read(shard, (name, "class_labels"), rows)
         return Sample(latents.float(), int(class_label))
 
-    def chunks(self, shard: int, num_rows: int) -> Iterator[Tensor]:
-        """All latents of a shard, both flips, in batches (b, C, h, w) of up to `num_rows`."""
-        names = ("latents", "flipped") if self.index.has_flips else ("latents",)
+    def chunks(self, shard: int, num_rows: int, *, has_flips: bool) -> Iterator[Tensor]:
+        """All latents of a shard, and with `has_flips` those of the mirrored images, in batches
+        (b, C, h, w) of up to `num_rows`."""
+        names = ("latents", "flipped") if has_flips else ("latents",)
         for start in range(0, self.index.shards[shard].num_rows, num_rows):
             yield from self._read(shard, names, slice(start, start + num_rows))
 
-    def verify(self) -> None:
-        """Raises ValueError that names the first file whose sha256 is not the recorded one."""
-        with ThreadPoolExecutor() as pool:
-            paths = [self.folder / entry.file for entry in self.index.shards]
-            for entry, sha256 in zip(self.index.shards, pool.map(file_sha256, paths), strict=True):
-                if sha256 != entry.sha256:
-                    raise ValueError(
-                        f"{self.folder / entry.file} has sha256 {sha256}, {INDEX_FILE} says "
-                        f"{entry.sha256}"
-                    )
+    def verify(self, shard: int) -> None:
+        """Raises ValueError where the shard's sha256 is not the recorded one."""
+        entry = self.index.shards[shard]
+        path = self.folder / entry.file
+        sha256 = file_sha256(path)
+        if sha256 != entry.sha256:
+            raise ValueError(f"{path} has sha256 {sha256}, {INDEX_FILE} says {entry.sha256}")
 
     def _place(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, index, side="right"))

@@ -19,7 +19,7 @@ from rae.training.distributed import World
 MEET_EVERY = 64  # batches
 
 
-class Measured(NamedTuple):
+class MeasuredLatents(NamedTuple):
     statistics: LatentStatistics
     num_skipped: int
 
@@ -33,7 +33,7 @@ def measure_images(
     batch_size: int,
     num_workers: int,
     on_batch: Callable[[int], None],
-) -> Measured:
+) -> MeasuredLatents:
     """Of the latents of every image, and with `has_flips` of its mirror image, once.
 
     The same in each process. Raises ValueError where no image can be read.
@@ -56,18 +56,27 @@ def measure_images(
     total = statistics.over(world, encoder.latent_shape)
     if not total.count:
         raise ValueError(f"none of the {len(samples)} images can be read")
-    return Measured(total, int(world.sum(torch.tensor(num_skipped, device=world.device))))
+    return MeasuredLatents(total, int(world.sum(torch.tensor(num_skipped, device=world.device))))
 
 
 def measure_shards(
-    shards: LatentShards, world: World, *, batch_size: int, on_batch: Callable[[int], None]
-) -> Measured:
-    """Of all latents of a folder, both flips where it has them. The same in each process."""
+    shards: LatentShards,
+    world: World,
+    *,
+    has_flips: bool,
+    batch_size: int,
+    on_batch: Callable[[int], None],
+) -> MeasuredLatents:
+    """Of all latents of a folder, and with `has_flips` of the mirrored images'. The same in each
+    process. Raises ValueError for latents without flips, and for a shard of another sha256."""
+    if has_flips and not shards.index.has_flips:
+        raise ValueError(f"{shards.folder} has no latents of mirror images")
     statistics = LatentStatistics()
     entries = shards.index.shards
     for number in share(range(len(entries)), world):
-        for latents in shards.chunks(number, batch_size):
+        shards.verify(number)
+        for latents in shards.chunks(number, batch_size, has_flips=has_flips):
             statistics.update(latents.to(world.device))
         on_batch(entries[number].num_rows)
     total = statistics.over(world, shards.index.latent_shape)
-    return Measured(total, sum(entry.num_skipped for entry in entries))
+    return MeasuredLatents(total, sum(entry.num_skipped for entry in entries))

@@ -27,6 +27,11 @@ class Samples(Protocol):
     @property
     def num_classes(self) -> int: ...
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels; none where only labels are known."""
+        ...
+
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str: ...
@@ -52,6 +57,10 @@ class ImageSamples:
     def num_classes(self) -> int:
         """The highest label plus 1."""
         return int(self.source.class_labels.max()) + 1
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
 
     def __len__(self) -> int:
         return len(self.source)

@@ -45,6 +45,7 @@ class TarShards:
         self._keys, self._offsets, self._sizes = index["key"], index["offset"], index["size"]
         self._shard = np.repeat(np.arange(len(shards)), index["count"])
         self.class_labels = index["class_label"]
+        self.class_names: tuple[str, ...] = ()
         if not len(self):
             raise ValueError(f"{self.shards[0].parent}: no image in {len(shards)} tar files")
         unlabelled = np.flatnonzero(self.class_labels == NO_LABEL)

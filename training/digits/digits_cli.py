@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from rae.training.console import NOTHING_WRITTEN, clear_errors, require_folder_of
 from rae.training.run_settings import RunSettings
-from rae.training.stage_cli import clear_errors
 
 if TYPE_CHECKING:
     from rae.training.digits.digits_judge import Criterion
@@ -68,7 +68,6 @@ def evaluate(
 ) -> None:
     """Generate 1,000 digits and hold them against the real ones; exit 1 below a bound."""
     from rae.models.checkpoint import load_checkpoint
-    from rae.models.checkpoint_config import CheckpointError
     from rae.training.digits.digits_judge import (
         SAMPLES_PER_CLASS,
         generate_default,
@@ -77,24 +76,18 @@ def evaluate(
     )
     from rae.training.reports.grid import save_grid
 
-    for file in (json_file, grid):
-        if file is not None and not file.parent.is_dir():
-            raise typer.BadParameter(f"{file.parent} is not a folder")
-    try:
+    with clear_errors(NOTHING_WRITTEN):
+        for file in (json_file, grid):
+            require_folder_of(file)
         loaded = load_checkpoint(checkpoint, with_encoder=grid is None)
-    except CheckpointError as error:
-        raise typer.BadParameter(str(error), param_hint="--checkpoint") from None
-    if grid is not None:
-        labels = protocol_labels(len(loaded.config.classes), SAMPLES_PER_CLASS)
-        save_grid(
-            generate_default(loaded, labels), SAMPLES_PER_CLASS, grid, scale=2, num_colours=64
-        )
-        return
-    with console.status("Generating 1,000 digits with each guidance: minutes on 2 cores"):
-        try:
+        if grid is not None:
+            labels = protocol_labels(len(loaded.config.classes), SAMPLES_PER_CLASS)
+            save_grid(
+                generate_default(loaded, labels), SAMPLES_PER_CLASS, grid, scale=2, num_colours=64
+            )
+            return
+        with console.status("Generating 1,000 digits with each guidance: minutes on 2 cores"):
             criteria = judge_checkpoint(loaded)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--checkpoint") from None
     console.print(table(criteria))
     if json_file is not None:
         figures = [criterion.to_dict() for criterion in criteria]

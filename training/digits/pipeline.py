@@ -155,7 +155,9 @@ def train_digits(
     rae = make_rae(recipe.decoder, out / "encoder" / "vit")
     rae.decoder.load_state_dict(train_decoder(recipe.decoder, samples, rae, *run("decoder")))
     latents = encode(samples, rae, out / "latents", world, settings)
-    measured = measure_shards(latents, world, batch_size=ENCODE_BATCH, on_batch=lambda _: None)
+    measured = measure_shards(
+        latents, world, has_flips=False, batch_size=ENCODE_BATCH, on_batch=lambda _: None
+    )
     rae.latents_mean = measured.statistics.mean.float()
     rae.latents_var = measured.statistics.var.float()
     stages = {"dit": recipe.dit, "guide": recipe.guide}

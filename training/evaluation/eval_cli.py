@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rae.training.console import (
+    NOTHING_WRITTEN,
+    clear_errors,
+    progress,
+    require_folder_of,
+    require_new,
+)
+
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
     from rae.training.evaluation.feature_networks import FeatureNetwork
-    from rae.training.evaluation.image_evaluation import Report
-    from rae.training.evaluation.measuring import Track
+    from rae.training.evaluation.image_evaluation import EvaluationReport
 
 Inception = Annotated[
     Path | None,
@@ -57,19 +61,20 @@ def samples(
     from rae.training.evaluation.image_evaluation import evaluate_samples
     from rae.training.evaluation.image_sources import open_images
 
-    require_folder_of(json_file)
-    with one_line_errors(), progress() as (track, console):
-        target = find_device(device)
-        network = find_network(inception, encoder).to(target)
-        report = evaluate_samples(
-            open_images(images), reference, network, device=target, batch=batch, track=track
-        )
-    show(report, console, json_file, samples=str(images), reference=str(reference))
+    with clear_errors(NOTHING_WRITTEN):
+        require_folder_of(json_file)
+        with progress() as track:
+            target = find_device(device)
+            network = find_network(inception, encoder).to(target)
+            report = evaluate_samples(
+                open_images(images), reference, network, device=target, batch=batch, track=track
+            )
+        show(report, json_file, samples=str(images), reference=str(reference))
 
 
 def reconstruction(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder, with its encoder.")],
-    data: Annotated[
+    images: Annotated[
         Path, typer.Option(help="Folder of images, cropped to the model's size, or an .npz of it.")
     ],
     inception: Inception = None,
@@ -95,32 +100,33 @@ def reconstruction(
     from rae.training.evaluation.image_sources import open_images
     from rae.training.stage1.perceptual import lpips_network
 
-    for file in (json_file, grid):
-        require_folder_of(file)
-    with one_line_errors(), progress() as (track, console):
-        target = find_device(device)
-        config, rae = load_autoencoder(checkpoint)
-        if inception is None and encoder is None:
-            network = checkpoint_encoder(checkpoint, config, rae)
-        else:
-            network = find_network(inception, encoder)
-        result = evaluate_reconstruction(
-            open_images(data, config.decoder.image_size),
-            rae.to(target),
-            network.to(target),
-            lpips=lpips_network(lpips).to(target) if lpips else None,
-            device=target,
-            batch=batch,
-            track=track,
-        )
-        if grid is not None:
-            pair_grid(result.pairs).save(grid, format="PNG")
-    show(result.report, console, json_file, checkpoint=str(checkpoint), data=str(data))
+    with clear_errors(NOTHING_WRITTEN):
+        for file in (json_file, grid):
+            require_folder_of(file)
+        with progress() as track:
+            target = find_device(device)
+            config, rae = load_autoencoder(checkpoint)
+            if inception is None and encoder is None:
+                network = checkpoint_encoder(checkpoint, config, rae)
+            else:
+                network = find_network(inception, encoder)
+            result = evaluate_reconstruction(
+                open_images(images, config.decoder.image_size),
+                rae.to(target),
+                network.to(target),
+                lpips=lpips_network(lpips).to(target) if lpips else None,
+                device=target,
+                batch=batch,
+                track=track,
+            )
+            if grid is not None:
+                pair_grid(result.pairs).save(grid, format="PNG")
+        show(result.report, json_file, checkpoint=str(checkpoint), data=str(images))
 
 
 def stats(
-    data: Annotated[Path, typer.Argument(help="A folder of images, or an .npz of them.")],
-    out: Annotated[Path, typer.Option(help="The .npz to write, as ADM's evaluator reads it.")],
+    images: Annotated[Path, typer.Argument(help="A folder of images, or an .npz of them.")],
+    out: Annotated[Path, typer.Option(help="A new .npz, as ADM's evaluator reads it.")],
     size: Annotated[
         int | None, typer.Option(min=1, help="Crop a folder's images to it, as ADM does.")
     ] = None,
@@ -131,35 +137,39 @@ def stats(
 ) -> None:
     """Write a reference .npz: statistics of all images, and up to 10,000 of the images."""
     from rae.training.evaluation.image_sources import open_images
-    from rae.training.evaluation.reference import write_statistics
+    from rae.training.evaluation.reference import write_reference
 
-    require_folder_of(out)
-    with one_line_errors(), progress() as (track, console):
-        target = find_device(device)
-        network = find_network(inception, encoder).to(target)
-        images = open_images(data, size)
-        measured = write_statistics(images, network, out, device=target, batch=batch, track=track)
-    assert measured.features is not None
-    console.print(
-        f"{out}: statistics of {images.num:,} images by {network.name}, and "
-        f"{len(measured.features):,} images"
-    )
+    with clear_errors(NOTHING_WRITTEN):
+        require_folder_of(out)
+        require_new(out)
+        with progress() as track:
+            target = find_device(device)
+            network = find_network(inception, encoder).to(target)
+            source = open_images(images, size)
+            measured = write_reference(
+                source, network, out, device=target, batch=batch, track=track
+            )
+        assert measured.features is not None
+        typer.echo(
+            f"Wrote {out}: statistics of {source.num:,} images by {network.name}, and "
+            f"{len(measured.features):,} images"
+        )
 
 
 def find_network(inception: Path | None, encoder: Path | None) -> FeatureNetwork:
     """Raises ValueError unless one of the two is given."""
     from rae.training.evaluation.feature_networks import (
         INCEPTION_SOURCES,
-        InceptionFeatures,
-        load_encoder_features,
+        InceptionNetwork,
+        load_encoder_network,
     )
 
     if inception is not None and encoder is not None:
         raise ValueError("--inception and --encoder are both given: figures are of one network")
     if inception is not None:
-        return InceptionFeatures(inception)
+        return InceptionNetwork(inception)
     if encoder is not None:
-        return load_encoder_features(encoder)
+        return load_encoder_network(encoder)
     raise ValueError(
         f"an FID wants --inception FILE, {INCEPTION_SOURCES}; without that file, --encoder "
         "FOLDER gives the Fréchet distance on an encoder's features"
@@ -183,59 +193,12 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def require_folder_of(file: Path | None) -> None:
-    """Hours of work should not end at a file that cannot be written."""
-    if file is not None and not file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{file.parent} is not a folder")
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What is wrong with the input, for people, and exit code 1."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is missing; pip install 'rae-server[train]'")
-    except (ImportError, ValueError, OSError) as error:
-        fail(str(error))
-
-
-def fail(message: str) -> NoReturn:
-    typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(1)
-
-
-@contextmanager
-def progress() -> Iterator[tuple[Track, Console]]:
-    """Bars on stderr, and the console for the figures."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-
-        def track(description: str, total: int) -> Callable[[int], None]:
-            task = bars.add_task(description, total=total)
-            return lambda count: bars.advance(task, count)
-
-        yield track, Console(soft_wrap=True, highlight=False)
-
-
-def show(report: Report, console: Console, json_file: Path | None, **sources: str) -> None:
+def show(report: EvaluationReport, json_file: Path | None, **sources: str) -> None:
     """A table of the figures with what they were taken, and the same as JSON."""
+    from rich.console import Console
     from rich.table import Table
 
+    console = Console(soft_wrap=True, highlight=False)
     table = Table("figure", "value")
     for name, value in report.figures.items():
         table.add_row(name, f"{value:.4f}")

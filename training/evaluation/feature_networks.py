@@ -6,25 +6,24 @@ Nothing is ever downloaded: weights are files that the user has.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rae.models.checkpoint import load_autoencoder
 from rae.models.checkpoint_config import AutoencoderConfig
-from rae.models.config import EncoderConfig, EncoderKind
-from rae.models.encoder import MODEL_TYPES, Encoder, load_encoder
+from rae.models.config import EncoderConfig
+from rae.models.encoder import Encoder, encoder_pixels, load_encoder
 from rae.models.pickled import read_pickled
 from rae.models.published import NORMALISATION
 from rae.models.rae import RAE
 from rae.models.tensor_files import file_sha256
+from rae.training.data.image_encoder import kind_of, read_encoder_config
 
 # Both publish the same file, whose name holds the first digits of its sha256.
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -39,7 +38,7 @@ DINOV2_SIZE = 224  # 16×16 patches; config.json names the size of its pretraini
 
 
 @dataclass(frozen=True)
-class Features:
+class ImageFeatures:
     """`pooled` (B, D); of Inception also `spatial` (B, 2023), for sFID, and `logits` (B, 1008),
     for the Inception score."""
 
@@ -58,14 +57,14 @@ class FeatureNetwork(Protocol):
     dim: int
     spatial_dim: int | None
 
-    def __call__(self, images: Tensor) -> Features:
+    def __call__(self, images: Tensor) -> ImageFeatures:
         """Of images (B, 3, H, W) uint8 on the network's device."""
         ...
 
     def to(self, device: torch.device) -> Self: ...
 
 
-class InceptionFeatures(nn.Module):
+class InceptionNetwork(nn.Module):
     """Inception-v3 of 2015-12-05 as FID takes it, by torch-fidelity, with TensorFlow's resizing.
 
     `pooled` is pool_3 (2048), `spatial` the first 7 channels of mixed_6/conv in TensorFlow's
@@ -103,13 +102,13 @@ class InceptionFeatures(nn.Module):
         self._spatial = output[:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Tensor) -> ImageFeatures:
         pooled, logits = self.network(images)
         assert self._spatial is not None
-        return Features(pooled, self._spatial.permute(0, 2, 3, 1).flatten(1), logits)
+        return ImageFeatures(pooled, self._spatial.permute(0, 2, 3, 1).flatten(1), logits)
 
 
-class EncoderFeatures(nn.Module):
+class EncoderNetwork(nn.Module):
     """The mean of a frozen encoder's patch tokens, after their LayerNorm without affine part.
 
     Every kind of encoder has patch tokens; SigLIP2 has no class token, and an RAE uses none.
@@ -140,18 +139,15 @@ class EncoderFeatures(nn.Module):
         self.dim = encoder.latent_shape[0]
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Features:
-        size = (self.encoder.config.image_size,) * 2
-        pixels = images.float() / 255
-        if tuple(pixels.shape[-2:]) != size:
-            pixels = F.interpolate(pixels, size=size, mode="bicubic", align_corners=False)
-        return Features(self.encoder((pixels - self.image_mean) / self.image_std).mean(1))
+    def forward(self, images: Tensor) -> ImageFeatures:
+        pixels = encoder_pixels(self.encoder, images.float() / 255, self.image_mean, self.image_std)
+        return ImageFeatures(self.encoder(pixels).mean(1))
 
 
-def checkpoint_encoder(folder: Path, config: AutoencoderConfig, rae: RAE) -> EncoderFeatures:
+def checkpoint_encoder(folder: Path, config: AutoencoderConfig, rae: RAE) -> EncoderNetwork:
     """The encoder of a loaded autoencoder, which lies in the checkpoint `folder`."""
     assert rae.encoder is not None
-    return EncoderFeatures(
+    return EncoderNetwork(
         rae.encoder,
         image_mean=config.image_mean,
         image_std=config.image_std,
@@ -160,13 +156,13 @@ def checkpoint_encoder(folder: Path, config: AutoencoderConfig, rae: RAE) -> Enc
     ).eval()
 
 
-def load_encoder_features(folder: Path) -> EncoderFeatures:
+def load_encoder_network(folder: Path) -> EncoderNetwork:
     """The encoder of a checkpoint folder, or one alone in a transformers folder.
 
     The latter's pixels are normalised as its kind's were in training. Raises ValueError (or
     OSError, ImportError) for a folder that holds neither.
     """
-    values = read_json_object(folder / "config.json")
+    values = read_encoder_config(folder)
     if "model_type" not in values:
         return checkpoint_encoder(folder, *load_autoencoder(folder))
     kind = kind_of(values["model_type"], folder)
@@ -179,33 +175,9 @@ def load_encoder_features(folder: Path) -> EncoderFeatures:
     except SafetensorError as error:
         raise ValueError(f"{folder}: {error}") from error
     mean, std = NORMALISATION[kind]
-    return EncoderFeatures(
+    return EncoderNetwork(
         encoder, image_mean=mean, image_std=std, name=name, sha256=weights_sha256(folder)
     ).eval()
-
-
-def kind_of(model_type: object, folder: Path) -> EncoderKind:
-    for kind, model_types in MODEL_TYPES.items():
-        if model_type in model_types:
-            return kind
-    known = ", ".join(name for names in MODEL_TYPES.values() for name in names)
-    raise ValueError(f"{folder} holds a {model_type!r}; encoders are {known}")
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises ValueError where there is none."""
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(
-            f"{path.parent} holds no encoder: neither a checkpoint folder nor a transformers "
-            "folder, for it has no config.json"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} does not hold an object")
-    return values
 
 
 def weights_sha256(folder: Path) -> str:

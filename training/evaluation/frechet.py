@@ -5,9 +5,7 @@ Source: arXiv 1706.08500, equation 6.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -60,18 +58,6 @@ class Moments:
         self.scatter += torch.outer(shift, shift) * (self.count * len(features) / total)
         self.mean += shift * (len(features) / total)
         self.count = total
-
-    def over_ranks(self, total: Callable[[Tensor], Tensor]) -> Self:
-        """The moments of all ranks' features; `total` sums a tensor over the ranks."""
-        merged = type(self)(len(self.mean), self.mean.device)
-        count = total(torch.tensor(float(self.count), dtype=torch.float64, device=self.mean.device))
-        if not count:
-            return merged
-        merged.mean = total(self.mean * self.count) / count
-        shift = self.mean - merged.mean
-        merged.scatter = total(self.scatter + self.count * torch.outer(shift, shift))
-        merged.count = round(count.item())
-        return merged
 
     def gaussian(self) -> Gaussian:
         """With the unbiased covariance. Raises ValueError for fewer than two features."""

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from rae.models.rae import RAE
 from rae.models.sampling import to_uint8
+from rae.training.console import Track
 from rae.training.evaluation.feature_networks import FeatureNetwork
 from rae.training.evaluation.frechet import frechet_distance
 from rae.training.evaluation.image_sources import Images
 from rae.training.evaluation.measuring import (
     Collector,
-    Measured,
-    Track,
+    MeasuredImages,
+    channels_first,
     evenly,
     exact_convolutions,
     measure,
-    to_tensor,
 )
 from rae.training.evaluation.metrics import inception_score, precision_recall, psnr_db, ssim
 from rae.training.evaluation.reference import load_reference
@@ -38,7 +38,7 @@ GRID_COLUMNS = 4
 
 
 @dataclass
-class Report:
+class EvaluationReport:
     """Figures by name. A name says which network a figure is of, unless that is FID's own."""
 
     network: str
@@ -72,7 +72,7 @@ def evaluate_samples(
     device: torch.device,
     batch: int,
     track: Track,
-) -> Report:
+) -> EvaluationReport:
     """FID, and of Inception sFID and the Inception score; precision and recall where the
     reference has images. Raises ValueError in one line."""
     size = (samples.height, samples.width)
@@ -84,7 +84,7 @@ def evaluate_samples(
         batch=batch,
         advance=track(f"samples, {network.name}", samples.num),
     )
-    report = Report(network.name, samples.num, real.pooled.count)
+    report = EvaluationReport(network.name, samples.num, real.pooled.count)
     report.figures[figure_name("FID", network)] = frechet_distance(made.pooled, real.pooled)
     if made.spatial is not None and real.spatial is not None:
         report.figures[figure_name("sFID", network)] = frechet_distance(made.spatial, real.spatial)
@@ -97,7 +97,11 @@ def evaluate_samples(
 
 
 def add_scores(
-    report: Report, made: Measured, real: Measured, network: FeatureNetwork, device: torch.device
+    report: EvaluationReport,
+    made: MeasuredImages,
+    real: MeasuredImages,
+    network: FeatureNetwork,
+    device: torch.device,
 ) -> None:
     """What takes each image's features. Too few images for a figure are a warning."""
     if made.logits is not None:
@@ -140,7 +144,7 @@ def too_few(num: int, network: FeatureNetwork, what: str, *, of_fid: bool = True
 class Reconstruction:
     """A report, and pairs of an image and its reconstruction (P, 2, H, W, 3) uint8."""
 
-    report: Report
+    report: EvaluationReport
     pairs: np.ndarray
 
 
@@ -166,7 +170,7 @@ def evaluate_reconstruction(
     advance, first = track("reconstructions", images.num), 0
     with torch.inference_mode(), exact_convolutions():
         for pixels in images.batches(batch):
-            originals = to_tensor(pixels, device)
+            originals = channels_first(pixels, device)
             rebuilt = rebuild(rae, originals)
             for name, values in pairwise(rebuilt, originals, lpips):
                 sums[name] = sums.get(name, torch.zeros((), device=device)) + values.double().sum()
@@ -178,7 +182,7 @@ def evaluate_reconstruction(
             first += len(pixels)
             advance(len(pixels))
     made, real = (side.measured() for side in sides)
-    report = Report(
+    report = EvaluationReport(
         network.name, images.num, images.num, warnings=too_few(images.num, network, "images")
     )
     report.figures |= {name: (total / images.num).item() for name, total in sums.items()}

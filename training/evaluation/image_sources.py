@@ -87,6 +87,8 @@ class NpzImages:
         except ValueError as error:
             raise ValueError(f"{self.path}: {IMAGES} is no array: {error}") from error
         shape, is_fortran, dtype = header
+        if shape[:1] == (0,):
+            raise ValueError(f"{self.path}: {IMAGES} has no images, it is {dtype} {shape}")
         is_images = len(shape) == 4 and shape[3] == 3 and 0 not in shape
         if dtype != np.uint8 or is_fortran or not is_images:
             order = " in Fortran's order" if is_fortran else ""

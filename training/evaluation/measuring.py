@@ -11,16 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rae.training.evaluation.feature_networks import FeatureNetwork, Features
+from rae.training.console import Advance
+from rae.training.evaluation.feature_networks import FeatureNetwork, ImageFeatures
 from rae.training.evaluation.frechet import Gaussian, Moments
 from rae.training.evaluation.image_sources import Images
 
-Advance = Callable[[int], None]
-Track = Callable[[str, int], Advance]  # (what is done, of how many images) to what counts them
-
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredImages:
     """Statistics of all images; `features` (M, D) float32 of all or of some, evenly chosen."""
 
     pooled: Gaussian
@@ -39,7 +37,7 @@ class Collector:
         self._features: list[Tensor] = []
         self._logits: list[Tensor] = []
 
-    def add(self, features: Features, kept: np.ndarray) -> None:
+    def add(self, features: ImageFeatures, kept: np.ndarray) -> None:
         """`kept` are the rows whose features stay."""
         self.pooled.add(features.pooled)
         if self.spatial is not None and features.spatial is not None:
@@ -49,9 +47,9 @@ class Collector:
         if features.logits is not None:
             self._logits.append(features.logits.cpu()[rows])
 
-    def measured(self) -> Measured:
+    def measured(self) -> MeasuredImages:
         """Raises ValueError for fewer than two images, and values that are not finite."""
-        return Measured(
+        return MeasuredImages(
             self.pooled.gaussian(),
             self.spatial.gaussian() if self.spatial else None,
             torch.cat(self._features),
@@ -68,7 +66,7 @@ def measure(
     advance: Advance,
     max_features: int | None = None,
     seen: Callable[[np.ndarray], object] | None = None,
-) -> Measured:
+) -> MeasuredImages:
     """Run all images through a network on `device`, and keep the features of `max_features`.
 
     `seen` is shown those images (B, H, W, 3) whose features are kept.
@@ -81,7 +79,7 @@ def measure(
             rows = chosen[(chosen >= first) & (chosen < first + len(pixels))] - first
             if seen is not None:
                 seen(pixels[rows])
-            collector.add(network(to_tensor(pixels, device)), rows)
+            collector.add(network(channels_first(pixels, device)), rows)
             first += len(pixels)
             advance(len(pixels))
     return collector.measured()
@@ -93,7 +91,7 @@ def evenly(num: int, most: int | None) -> np.ndarray:
     return np.arange(count) * num // max(count, 1)
 
 
-def to_tensor(pixels: np.ndarray, device: torch.device) -> Tensor:
+def channels_first(pixels: np.ndarray, device: torch.device) -> Tensor:
     """Images (B, H, W, 3) uint8 as (B, 3, H, W) uint8 on a device."""
     return torch.tensor(pixels, device=device).permute(0, 3, 1, 2)
 

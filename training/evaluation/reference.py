@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from rae.models.cache import cache_folder
+from rae.training.console import Track
 from rae.training.evaluation.feature_networks import FeatureNetwork
 from rae.training.evaluation.frechet import Gaussian
 from rae.training.evaluation.image_sources import IMAGES, Images, NpzImages, is_npz, open_images
-from rae.training.evaluation.measuring import Measured, Track, evenly, measure
+from rae.training.evaluation.measuring import MeasuredImages, evenly, measure
 
 MAX_REFERENCE_IMAGES = 10_000  # for precision and recall, and arr_0: as in ADM's batches
 CACHE_VERSION = 1
@@ -37,7 +38,7 @@ def load_reference(
     device: torch.device,
     batch: int,
     track: Track,
-) -> Measured:
+) -> MeasuredImages:
     """The statistics that samples of `size` (height, width) are held against.
 
     A folder's images are cropped to the size; what is measured is kept in the cache. Precision and
@@ -47,7 +48,7 @@ def load_reference(
     if is_npz(path):
         names = array_names(path)
         images = NpzImages(path) if IMAGES in names else None
-        statistics, note = read_statistics(path, names, network)
+        statistics, note = stored_statistics(path, names, network)
     else:
         images, statistics, note = open_images(path, size[0]), None, None
     if images is not None and (images.height, images.width) != size:
@@ -61,8 +62,8 @@ def load_reference(
         return statistics
     measured = cached(images, network, device=device, batch=batch, track=track)
     if statistics is None:
-        return Measured(measured.pooled, measured.spatial, measured.features, note=note)
-    return Measured(statistics.pooled, statistics.spatial, measured.features)
+        return MeasuredImages(measured.pooled, measured.spatial, measured.features, note=note)
+    return MeasuredImages(statistics.pooled, statistics.spatial, measured.features)
 
 
 def array_names(path: Path) -> list[str]:
@@ -75,9 +76,9 @@ def array_names(path: Path) -> list[str]:
         raise ValueError(f"{path}: {error.strerror or error}") from error
 
 
-def read_statistics(
+def stored_statistics(
     path: Path, names: list[str], network: FeatureNetwork
-) -> tuple[Measured | None, str | None]:
+) -> tuple[MeasuredImages | None, str | None]:
     """mu and sigma of an .npz where they are of this network, else None and what they are of."""
     if not {"mu", "sigma"} <= set(names):
         return None, None
@@ -93,7 +94,7 @@ def read_statistics(
         spatial = None
         if network.spatial_dim and {"mu_s", "sigma_s"} <= set(names):
             spatial = read_gaussian(file, path, "mu_s", "sigma_s", network.spatial_dim, count)
-    return Measured(pooled, spatial, None), None
+    return MeasuredImages(pooled, spatial, None), None
 
 
 def read_gaussian(
@@ -116,7 +117,7 @@ def read_gaussian(
 
 def cached(
     images: Images, network: FeatureNetwork, *, device: torch.device, batch: int, track: Track
-) -> Measured:
+) -> MeasuredImages:
     """`measure`, unless the same network has seen the same images before."""
     key = f"{CACHE_VERSION} {images.fingerprint} {network.fingerprint}"
     file = cache_folder() / "evaluation" / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
@@ -143,16 +144,16 @@ def cached(
     return measured
 
 
-def from_arrays(arrays: Any) -> Measured:  # noqa: ANN401, numpy's NpzFile
+def from_arrays(arrays: Any) -> MeasuredImages:  # noqa: ANN401, numpy's NpzFile
     def gaussian(suffix: str) -> Gaussian:
         mean, covariance = (torch.tensor(arrays[f"{key}{suffix}"]) for key in ("mu", "sigma"))
         return Gaussian(mean, covariance, int(arrays["num_images"]))
 
     spatial = gaussian("_s") if "mu_s" in arrays else None
-    return Measured(gaussian(""), spatial, torch.tensor(arrays["features"]))
+    return MeasuredImages(gaussian(""), spatial, torch.tensor(arrays["features"]))
 
 
-def statistics_arrays(measured: Measured) -> dict[str, Any]:
+def statistics_arrays(measured: MeasuredImages) -> dict[str, Any]:
     """ADM's names; sFID's statistics where there are any."""
     pooled, spatial = measured.pooled, measured.spatial
     arrays = {"mu": pooled.mean.numpy(), "sigma": pooled.covariance.numpy()}
@@ -174,7 +175,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         Path(name).unlink(missing_ok=True)
 
 
-def write_statistics(
+def write_reference(
     images: Images,
     network: FeatureNetwork,
     out: Path,
@@ -182,7 +183,7 @@ def write_statistics(
     device: torch.device,
     batch: int,
     track: Track,
-) -> Measured:
+) -> MeasuredImages:
     """Write a reference .npz that ADM's evaluator reads: the statistics of all images and, for
     precision and recall, up to 10,000 of them, evenly chosen. Images are written as they come."""
     kept = evenly(images.num, MAX_REFERENCE_IMAGES)

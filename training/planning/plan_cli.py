@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from rae.training.console import NOTHING_WRITTEN, clear_errors
 from rae.training.run_settings import (
     DECODERS,
     DITS,
@@ -15,7 +16,6 @@ from rae.training.run_settings import (
     Strategy,
     preset_argument,
 )
-from rae.training.stage_cli import clear_errors
 
 PRESETS_HELP = f"Of stage 1: {', '.join(DECODERS)}. Of stage 2: {', '.join(DITS)}."
 
@@ -47,7 +47,7 @@ def plan_command(
 ) -> None:
     """Print steps, operations, memory and days of a run, and its command: nothing is started."""
     console = Console()
-    with clear_errors():
+    with clear_errors(NOTHING_WRITTEN):
         from rae.training.overrides import override, to_assignments
         from rae.training.planning.gpus import Cluster, find_gpu
         from rae.training.planning.plan import PRESETS, Plan, images_of

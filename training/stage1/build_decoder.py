@@ -18,7 +18,7 @@ from rae.training.stage1.features import (
     DINO_FILE,
     DinoFeatures,
     EncoderFeatures,
-    Features,
+    FeatureMaps,
     build_dino,
     load_dino,
 )
@@ -105,7 +105,7 @@ def build_perceptual(
 def build_adversary(
     recipe: DecoderRecipe, rae: RAE, world: World, num_images: int, dino: Path | None = None
 ) -> Adversary | None:
-    features: Features
+    features: FeatureMaps
     match recipe.discriminator:
         case "dino":
             path = weights_file(dino, DINO_FILE, "--dino", "discriminator")

@@ -29,7 +29,7 @@ from rae.training.stage1.adversarial import (
 )
 from rae.training.stage1.diff_augment import diff_augment, draw_augmentation
 from rae.training.stage1.discriminator import DiscriminatorHeads
-from rae.training.stage1.features import Features
+from rae.training.stage1.features import FeatureMaps
 from rae.training.stage1.perceptual import PerceptualLoss
 
 HEADS_METRICS = (
@@ -75,7 +75,7 @@ class DecoderObjective:
 class Adversary(NamedTuple):
     """The discriminator: frozen features and the heads that learn."""
 
-    features: Features
+    features: FeatureMaps
     heads: Learner[DiscriminatorHeads]
 
 
@@ -234,7 +234,7 @@ class DecoderTask:
         return {**means(rows), "lr_discriminator": lr, "grad_norm_discriminator": norm}
 
     @torch.no_grad()
-    def _maps(self, features: Features, sample: Sample) -> tuple[list[Tensor], list[Tensor]]:
+    def _maps(self, features: FeatureMaps, sample: Sample) -> tuple[list[Tensor], list[Tensor]]:
         """Features of rebuilt images, of 8 bits as real ones are, and of the images."""
         objective, positions = self.objective, sample.positions
         rebuilt = self._to_images(self.decoder.module(sample.tokens))

@@ -25,7 +25,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class Features(Protocol):
+class FeatureMaps(Protocol):
     """Images (B, 3, H, W) in [−1, 1] to `num_maps` maps (B, channels, N); gradients pass."""
 
     @property

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rae.models.pickled import read_pickled
-from rae.training.stage1.features import Features, load_tensors
+from rae.training.stage1.features import FeatureMaps, load_tensors
 
 if TYPE_CHECKING:
     from lpips import LPIPS
@@ -74,7 +74,7 @@ def build_lpips(name: Literal["vgg", "alex"]) -> LPIPS:
     return network.requires_grad_(False).eval()
 
 
-def encoder_distance(features: Features) -> PerceptualLoss:
+def encoder_distance(features: FeatureMaps) -> PerceptualLoss:
     """The mean squared difference of normalised tokens, mean over the feature maps."""
 
     def distance(images: Tensor, target: Tensor) -> Tensor:
