@@ -33,7 +33,8 @@ def clear_errors(stopped: str = GOES_ON) -> Iterator[None]:
         from rae.training.trainer import DivergedError, StoppedError
 
         if isinstance(error, StoppedError):
-            typer.echo(f"Stopped by {error.signal.name}, and saved: the same command goes on.")
+            line = f"Stopped by {error.signal.name}, and saved: the same command goes on."
+            typer.echo(line, err=True)
             raise typer.Exit(128 + error.signal) from None
         if isinstance(error, RuntimeError) and not isinstance(error, DivergedError):
             raise

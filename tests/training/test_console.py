@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from rae.training.console import clear_errors, progress
-from rae.training.trainer import DivergedError
+from rae.training.trainer import DivergedError, StoppedError
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ from rae.training.trainer import DivergedError
         (ImportError("needs timm"), 1, "Error: needs timm"),
         (ModuleNotFoundError(name="timm"), 1, "Error: timm is missing: pip install"),
         (DivergedError("nan"), 1, "Error: nan"),
+        (StoppedError(15), 143, "Stopped by SIGTERM, and saved"),
         (KeyboardInterrupt(), 130, "Gone."),
     ],
 )
