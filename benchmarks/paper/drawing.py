@@ -32,12 +32,16 @@ def save(figure: Figure, path: Path) -> None:
 
 def polish(axes: Axes) -> None:
     """No frame, and plain numbers on a logarithmic axis."""
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_yscale() == "log":
+        low, high = axes.get_ylim()
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        if high < 100 * low:  # hardly a power of ten to be seen
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_minor_formatter("{x:g}")
 
 
 def pretty(name: str) -> str:
