@@ -21,15 +21,9 @@ def make_learner(
     recipe: DiTRecipe, weights: Mapping[str, Tensor], device: torch.device, num_images: int
 ) -> Learner[nn.Module]:
     with device:
-        model = build(recipe.model, 0)
+        model: nn.Module = build(recipe.model, 0)
     model.load_state_dict(weights)
-    return Learner[nn.Module](
-        model,
-        World(0, 1, device),
-        recipe.adamw,
-        recipe.lr_schedule(num_images),
-        ema_decay=recipe.ema_decay,
-    )
+    return recipe.learner(model, World(0, 1, device), num_images)
 
 
 def make_rae(config: DiTDHConfig | DiTConfig) -> RAE:

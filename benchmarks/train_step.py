@@ -188,9 +188,7 @@ def summarise(
     return {
         "ms": round(1000 * seconds, 1),
         "ms_fastest": round(1000 * min(steps), 1),
-        "cpu_ms": round(
-            1000 * statistics.median(s for row in timed for s in row["cpu_seconds"]), 1
-        ),
+        "cpu_ms": round(1000 * statistics.median(cpu_steps), 1),
         "images_per_s": round(batch_size / seconds, 3),
         "gflop_per_s": round(flops / 1e9, 1),
         "mfu": flops / peak if peak else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,8 +20,7 @@ def set_matmul_precision(precision: Precision) -> None:
     if precision not in get_args(Precision):
         raise ValueError(f"precision {precision!r}; known: {', '.join(get_args(Precision))}")
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    convolutions.fp32_precision = "ieee" if precision == "fp32" else "tf32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 @contextmanager

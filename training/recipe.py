@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
+
+from torch import nn
 
 from rae.models.config import require_types
-from rae.training.learner import AdamWConfig
+from rae.training.distributed import Strategy, World
+from rae.training.learner import AdamWConfig, Learner
 from rae.training.lr_schedule import LRSchedule
 
 IMAGENET_IMAGES = 1_281_167
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,8 @@ class Recipe:
         if self.warmup_epochs + self.constant_epochs > self.epochs:
             raise ValueError(
                 f"warmup_epochs {self.warmup_epochs:g} and constant_epochs "
-                f"{self.constant_epochs:g} are more than epochs {self.epochs:g}"
+                f"{self.constant_epochs:g} are more than epochs {self.epochs:g}: a short run "
+                "needs --set constant_epochs=0, or fewer"
             )
 
     @property
@@ -56,6 +62,20 @@ class Recipe:
             weight_decay=self.weight_decay,
             eps=self.adam_eps,
             clip_norm=self.clip_norm,
+        )
+
+    def learner(
+        self, module: M, world: World, num_images: int, strategy: Strategy = "ddp"
+    ) -> Learner[M]:
+        """Of `module`, for an epoch of `num_images`. Raises ValueError as `steps` does."""
+        return Learner(
+            module,
+            world,
+            self.adamw,
+            self.lr_schedule(num_images),
+            ema_decay=self.ema_decay,
+            ema_rises=self.ema_rises,
+            strategy=strategy,
         )
 
     def steps(self, epochs: float, num_images: int) -> int:

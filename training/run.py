@@ -1,28 +1,21 @@
-"""What runs of all stages share: their batches, their compiled blocks, their folder."""
+"""What runs of all stages share: their steps, their batches, their compiled blocks."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from rae.training.batch import Batch
 from rae.training.distributed import World
-from rae.training.overrides import differences
 from rae.training.recipe import Recipe
 from rae.training.run_settings import RunSettings
-from rae.training.snapshots import SNAPSHOTS
 from rae.training.trainer import Report, Task, Trainer, TrainerConfig
 
 if TYPE_CHECKING:
     from rae.training.data.samples import Samples
-
-RECIPE_FILE = "recipe.json"
 
 
 def run_task(
@@ -86,33 +79,3 @@ def compile_blocks(module: nn.Module) -> None:
         if isinstance(child, nn.ModuleList):
             for block in child:
                 block.compile(dynamic=False)
-
-
-def claim(folder: Path, recipe: Any, data: Mapping[str, Any]) -> None:  # noqa: ANN401
-    """Write down what `folder` is a run of, or compare where it is one that has saved a snapshot.
-
-    `recipe` is a dataclass; `data` says what it is trained on. Raises ValueError that names what
-    differs, and for a folder that holds something else; OSError where it cannot be written.
-    """
-    assert is_dataclass(recipe) and not isinstance(recipe, type)
-    facts = json.loads(json.dumps({"recipe": asdict(recipe), "data": dict(data)}, default=str))
-    path = folder / RECIPE_FILE
-    if path.exists() and any(folder.glob(f"**/{SNAPSHOTS}/step-*")):
-        found = differences(facts, read_claim(folder))
-        if found:
-            raise ValueError(f"{folder} holds another run ({'; '.join(found)}): take a new folder")
-        return
-    if folder.exists() and any(folder.iterdir()) and not path.exists():
-        raise ValueError(f"{folder} is not empty, and holds no {RECIPE_FILE}: take a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".tmp")
-    written.write_text(json.dumps(facts, indent=1) + "\n")
-    written.replace(path)
-
-
-def read_claim(folder: Path) -> dict[str, Any]:
-    """What `claim` wrote. Raises ValueError for a folder that is no run."""
-    try:
-        return json.loads((folder / RECIPE_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} holds no run: {RECIPE_FILE}: {error}") from None

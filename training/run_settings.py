@@ -169,6 +169,10 @@ class DiTSettings(RunSettings):
         Path | None,
         typer.Option(help="What `rae train encode` has made of them.", rich_help_panel=DATA),
     ] = None
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Check the latents' checksums first.", rich_help_panel=DATA),
+    ] = False
     statistics: Statistics = None
     changes: Changes = None
 

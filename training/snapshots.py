@@ -121,20 +121,28 @@ def find_snapshot(folder: Path, step: int | None) -> tuple[int, Path]:
 
 
 def read_averages(path: Path, name: str, module: nn.Module) -> None:
-    """Into `module`, of the learner `name`: nothing else of the snapshot is read.
+    """Into `module`, of the learner `name`, with what is not trained; moments are not read.
 
     Raises ValueError where it is of another module.
     """
     weights = {n: p.data for n, p in module.named_parameters() if p.requires_grad}
-    read(path, {name: {"ema": weights}}, alone=True)
+    fixed = {n: value for n, value in module.state_dict().items() if n not in weights}
+    read(path, {name: {"ema": weights, "module": fixed}}, alone=True)
 
 
 def read(path: Path, state: dict[str, Any], *, alone: bool) -> None:
-    """Into the tensors of `state`. Raises ValueError where they are not the snapshot's."""
+    """Into the tensors of `state`. Raises ValueError where they are not the snapshot's, or it is
+    damaged."""
     try:
         with quietly():
             load(state, checkpoint_id=path, no_dist=alone)
-    except (CheckpointException, RuntimeError, KeyError, ValueError) as error:
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        raise ValueError(
+            f"{path} does not fit this run, or is damaged (without it, the run goes on from the one "
+            f"before): {first}"
+        ) from error
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{path} does not fit this run: {error}") from error
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
+from safetensors import SafetensorError
 
 from rae.models.checkpoint import DECODER_FILE, load_autoencoder, load_rae
 from rae.models.checkpoint_config import AutoencoderConfig, SamplerDefaults, read_any_config
@@ -21,7 +22,9 @@ from rae.models.published import NORMALISATION
 from rae.models.rae import RAE
 from rae.models.tensor_files import file_sha256
 from rae.training.assemble import assemble_autoencoder, assemble_checkpoint
+from rae.training.claim import CHECKPOINT, claimed, read_claim
 from rae.training.data.image_data import ImageSource, fingerprint, open_dataset
+from rae.training.data.image_encoder import read_encoder_config
 from rae.training.data.latent_shards import LatentShards
 from rae.training.data.samples import ImageSamples, Samples
 from rae.training.data.stats import read_statistics
@@ -33,7 +36,6 @@ from rae.training.planning.gpus import world_peak_flops
 from rae.training.recipe import Recipe
 from rae.training.reports.report import RunReport, Silent
 from rae.training.reports.trackers import TensorBoard, Tracker, WeightsAndBiases
-from rae.training.run import claim
 from rae.training.run_settings import AssembleSettings, DecoderSettings, DiTSettings, RunSettings
 from rae.training.stage1.build_decoder import LossFiles
 from rae.training.stage1.decoder_recipe import DECODER_PRESETS, DecoderRecipe
@@ -41,6 +43,7 @@ from rae.training.stage1.run_decoder import train_decoder
 from rae.training.stage2.presets import DIT_PRESETS, DiTRecipe
 from rae.training.stage2.run_dit import load_averages, require_fit, train_dit, trained
 
+CLASS_NAMES = "class_names"
 RUN = re.compile(r"(.+?)(?:@(\d+))?")
 
 
@@ -50,18 +53,17 @@ def run_decoder(settings: DecoderSettings) -> None:
         source = open_dataset(settings.images)
         samples = ImageSamples(source, RandomCrop(recipe.model.image_size))
         rae, config = new_rae(recipe, settings)
-        files = LossFiles(settings.vgg, settings.dino)
-        read = (*sorted(settings.encoder.glob("*.safetensors")), *filter(None, files))
-        hashes = {path.name: file_sha256(path) for path in read if path.is_file()}
-        begin(settings, recipe, {"images": facts_of(source), "weights": hashes}, world)
-        with closing(report_of(settings, recipe, world)) as report:
-            weights = train_decoder(recipe, samples, rae, settings, world, report, files)
-        if world.is_first:
-            rae.decoder = Decoder(recipe.model)  # the trained one may be sharded
-            rae.decoder.load_state_dict(weights)
-            out = settings.out / "checkpoint"
-            assemble_autoencoder(out, config, rae.cpu(), settings.encoder)
-            typer.echo(f"Wrote {out}; next: rae train stats, then rae train dit")
+        files = files_of(recipe, settings)
+        facts = {"images": facts_of(source), "weights": hashes(settings.encoder, files)}
+        with begun(settings, recipe, facts, world):
+            with closing(report_of(settings, recipe, world)) as report:
+                weights = train_decoder(recipe, samples, rae, settings, world, report, files)
+            if world.is_first:
+                rae.decoder = Decoder(recipe.model)  # the trained one may be sharded
+                rae.decoder.load_state_dict(weights)
+                out = settings.out / CHECKPOINT
+                assemble_autoencoder(out, config, rae.cpu(), settings.encoder)
+                typer.echo(f"Wrote {out}; next: rae train stats, then rae train dit")
 
 
 def run_dit(settings: DiTSettings) -> None:
@@ -72,24 +74,25 @@ def run_dit(settings: DiTSettings) -> None:
         require_encoder_of(config, samples)
         require_fit(recipe, samples, rae)
         facts["rae"] = config.sha256[DECODER_FILE]
+        facts[CLASS_NAMES] = list(samples.class_names)
         if settings.statistics is not None:
             facts["statistics"] = file_sha256(settings.statistics)
-        begin(settings, recipe, facts, world)
-        with closing(report_of(settings, recipe, world)) as report:
-            weights = train_dit(recipe, samples, rae, settings, world, report)
-        if world.is_first and isinstance(recipe.model, DiTDHConfig):
-            out = settings.out / "checkpoint"
-            assemble_checkpoint(
-                out,
-                config,
-                rae.cpu(),
-                recipe,
-                trained(recipe, weights),
-                classes=samples.class_names,
-                encoder=settings.rae / "encoder",
-                name=settings.out.resolve().name,
-            )
-            typer.echo(f"Wrote {out}; next: rae serve --model {out}")
+        with begun(settings, recipe, facts, world):
+            with closing(report_of(settings, recipe, world)) as report:
+                weights = train_dit(recipe, samples, rae, settings, world, report)
+            if world.is_first and isinstance(recipe.model, DiTDHConfig):
+                out = settings.out / CHECKPOINT
+                assemble_checkpoint(
+                    out,
+                    config,
+                    rae.cpu(),
+                    recipe,
+                    trained(recipe, weights),
+                    classes=samples.class_names,
+                    encoder=settings.rae / "encoder",
+                    name=settings.out.resolve().name,
+                )
+                typer.echo(f"Wrote {out}; next: rae serve --model {out}")
 
 
 def run_assemble(settings: AssembleSettings) -> None:
@@ -97,13 +100,15 @@ def run_assemble(settings: AssembleSettings) -> None:
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: take a new folder")
     config, rae = open_rae(settings.rae, settings.statistics, with_encoder=False)
-    recipe, model, step = load_averages(*run_of(settings.dit))
+    run, step = run_of(settings.dit)
+    recipe, model, step = load_averages(run, step)
     assemble_checkpoint(
         out,
         config,
         rae,
         recipe,
         model,
+        classes=read_claim(run)["data"].get(CLASS_NAMES, ()),
         guide=load_averages(*run_of(settings.guide))[1] if settings.guide else None,
         defaults=SamplerDefaults(
             steps=settings.steps,
@@ -118,21 +123,43 @@ def run_assemble(settings: AssembleSettings) -> None:
 
 
 def run_of(text: str) -> tuple[Path, int | None]:
-    """Of RUN or RUN@STEP."""
+    """Of RUN or RUN@STEP. Raises ValueError for nothing."""
     match = RUN.fullmatch(text)
-    assert match is not None
+    if match is None:
+        raise ValueError(f"{text!r} is not RUN or RUN@STEP")
     return Path(match[1]), int(match[2]) if match[2] else None
 
 
-def begin(settings: RunSettings, recipe: Recipe, facts: Mapping[str, Any], world: World) -> None:
-    problem = ""
-    if world.is_first:
-        try:
-            claim(settings.out, recipe, facts)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    if world.any(bool(problem)):
-        raise ValueError(problem or "the first process refuses the folder")
+@contextmanager
+def begun(
+    settings: RunSettings, recipe: Recipe, facts: Mapping[str, Any], world: World
+) -> Iterator[None]:
+    """While the first process holds the run's folder; what it refuses, all refuse."""
+    problem: ValueError | OSError | None = None
+    with ExitStack() as stack:
+        if world.is_first:
+            try:
+                stack.enter_context(claimed(settings.out, recipe, facts))
+            except (ValueError, OSError) as error:
+                problem = error
+        if world.any(problem is not None):
+            raise problem or ValueError("the first process refuses the folder")
+        yield
+
+
+def files_of(recipe: DecoderRecipe, settings: DecoderSettings) -> LossFiles:
+    """Those that the recipe's losses look through."""
+    return LossFiles(
+        vgg=settings.vgg if recipe.perceptual == "lpips" else None,
+        dino=settings.dino if recipe.discriminator == "dino" else None,
+    )
+
+
+def hashes(encoder: Path, files: LossFiles) -> dict[str, str]:
+    """The sha256 of what a decoder learns through; what is absent is refused later."""
+    named = {f"encoder/{path.name}": path for path in encoder.glob("*.safetensors")}
+    named |= {name: path for name, path in files._asdict().items() if path is not None}
+    return {name: file_sha256(path) for name, path in named.items() if path.is_file()}
 
 
 def report_of(
@@ -165,7 +192,11 @@ def new_rae(recipe: DecoderRecipe, settings: DecoderSettings) -> tuple[RAE, Auto
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         rae = RAE(recipe.model, image_mean=image_mean, image_std=image_std)
-    rae.encoder = load_encoder(recipe.encoder, folder)
+    read_encoder_config(folder)
+    try:
+        rae.encoder = load_encoder(recipe.encoder, folder)
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: {error}") from error
     made = rae.encoder.latent_shape
     taken = (recipe.model.latent_channels, recipe.model.grid, recipe.model.grid)
     if made != taken:
@@ -237,6 +268,9 @@ def open_samples(settings: DiTSettings, recipe: DiTRecipe) -> tuple[Samples, dic
                 f"--set image_size={index.image_size} "
                 f"--set horizontal_flip={str(index.has_flips).lower()}"
             )
+        if settings.verify:
+            for number in range(len(index.shards)):
+                shards.verify(number)
         return shards, {"latents": shards.index.facts}
     assert settings.images is not None
     source = open_dataset(settings.images)

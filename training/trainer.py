@@ -21,6 +21,7 @@ from rae.training.learner import Learner
 from rae.training.snapshots import SNAPSHOTS, Snapshots
 from rae.training.wording import counted
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
 MAX_SKIPPED = 10
 """Steps in a row without a finite gradient: more are no accident."""
 MAX_KEPT = 10
@@ -60,7 +61,7 @@ class DivergedError(RuntimeError):
 
 
 class StoppedError(RuntimeError):
-    """A signal has ended the run before its last step; its state is saved."""
+    """A signal has ended the run; its state is saved, and the same command goes on."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
@@ -119,17 +120,19 @@ class Trainer:
         with self._signals():
             batches = self.make_batches(start)
             for step in range(start, num_steps):
-                stops = self._step(step, next(batches))
-                if stops and step + 1 < num_steps:
-                    raise StoppedError(self.stop_signal or signal.SIGTERM)
+                stop = self._step(step, next(batches))
+                if stop is not None:
+                    raise StoppedError(stop)
 
-    def _step(self, step: int, batches: Sequence[Batch]) -> bool:
-        """One step and what is due after it; whether a signal ends the run, in any process."""
+    def _step(self, step: int, batches: Sequence[Batch]) -> signal.Signals | None:
+        """One step and what is due after it; the signal, of any process, that ends the run."""
         batches = [batch.to(self.world.device) for batch in batches]
         metrics = self.task.train_step(batches, step)
         nonfinite = not torch.stack(list(metrics.values())).isfinite().all()
-        flags = torch.tensor([nonfinite, self.stop_signal is not None], dtype=torch.float32)
-        nonfinite, stops = self.world.sum(flags.to(self.world.device)).bool().tolist()
+        asked = [self.stop_signal == number for number in STOPS]
+        flags = torch.tensor([nonfinite, *asked], dtype=torch.float32, device=self.world.device)
+        nonfinite, *asked = self.world.sum(flags).bool().tolist()
+        stop = next((STOPS[index] for index, is_asked in enumerate(asked) if is_asked), None)
         if nonfinite:
             self._nonfinite(step, batches, metrics)
         else:
@@ -138,7 +141,7 @@ class Trainer:
         self.num_images += sum(map(len, batches)) * self.world.size
         self.num_skipped += sum(batch.num_skipped for batch in batches)
         done = step + 1
-        ends = stops or done == self.config.num_steps
+        ends = stop is not None or done == self.config.num_steps
         if done % self.config.log_every == 0 or ends:
             self._log(done)
         if done % self.config.sample_every == 0 or done == self.config.num_steps:
@@ -147,7 +150,7 @@ class Trainer:
                 self.report.samples(done, images)
         if ends or done % self.config.snapshot_every == 0 or done in self.config.milestones:
             self._save(done, must=ends)
-        return stops
+        return stop
 
     def _log(self, done: int) -> None:
         """Means since the last time, over all processes."""
@@ -167,7 +170,7 @@ class Trainer:
     def _nonfinite(
         self, step: int, batches: Sequence[Batch], metrics: Mapping[str, Tensor]
     ) -> None:
-        """The weights are as they were: a learner takes no step without a finite gradient."""
+        """A learner takes no step without a finite gradient: its weights are as they were."""
         values = ", ".join(f"{name} {value.item():g}" for name, value in metrics.items())
         self.skipped_in_a_row += 1
         kept = self._keep(step, batches, values)
@@ -215,8 +218,7 @@ class Trainer:
                 raise KeyboardInterrupt
             self.stop_signal = number
 
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, stop) for number in numbers}
+        before = {number: signal.signal(number, stop) for number in STOPS}
         try:
             yield
         finally:

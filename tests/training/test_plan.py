@@ -184,13 +184,13 @@ def test_the_command_says_what_fits_instead() -> None:
         (
             ("DiTDH-XL-256", "--gpu", "A100", "--set", "epochs=80", "--set", "betas=(0.5,0.9)"),
             "torchrun --nproc-per-node 8 -m rae.server train dit DiTDH-XL-256 --rae RAE "
-            "--images IMAGES --out RUN --micro-batch 32 --precision tf32 --strategy ddp "
-            "--set epochs=80 --set 'betas=(0.5,0.9)'",
+            "--statistics STATISTICS --images IMAGES --out RUN --micro-batch 32 --precision tf32 "
+            "--strategy ddp --set epochs=80 --set 'betas=(0.5,0.9)'",
         ),
         (
             ("digits", "--gpus", "1", "--latents", "--micro-batch", "64", "--precision", "bf16"),
-            "rae train dit digits --rae RAE --latents LATENTS --out RUN --micro-batch 64 "
-            "--precision bf16",
+            "rae train dit digits --rae RAE --statistics STATISTICS --latents LATENTS --out RUN "
+            "--micro-batch 64 --precision bf16",
         ),
         (
             ("MAE-B-256", "--gpus", "16", "--strategy", "fsdp", "--set", "perceptual=none"),

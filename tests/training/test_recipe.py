@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rae.models.config import CONFIGS
+from rae.training.claim import claimed
 from rae.training.lr_schedule import LRSchedule
 from rae.training.recipe import IMAGENET_IMAGES
-from rae.training.run import claim, compile_blocks
-from rae.training.stage2.presets import DIT_PRESETS
+from rae.training.run import compile_blocks
+from rae.training.stage2.presets import DIT_PRESETS, DiTRecipe
 from rae.training.stage2.run_dit import build, read_recipe
 
 XL = DIT_PRESETS["DiTDH-XL-256"]
@@ -48,12 +51,33 @@ def test_fewer_images_than_a_batch_are_refused() -> None:
         XL.lr_schedule(1023)
 
 
-@pytest.mark.parametrize("name", ["digits", "DiT-S-256"])
-def test_a_folder_is_of_one_run(tmp_path: Path, name: str) -> None:
+def claim(folder: Path, recipe: DiTRecipe, data: Mapping[str, Any]) -> None:
+    with claimed(folder, recipe, data):
+        pass
+
+
+def test_a_folder_is_of_one_training_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "recipe.tmp").write_text("{")  # of one that was killed
+    with claimed(tmp_path, DIT_PRESETS["digits"], {}):
+        with pytest.raises(ValueError, match="another process trains in"):
+            claim(tmp_path, DIT_PRESETS["digits"], {})
+    claim(tmp_path, DIT_PRESETS["digits"], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [
+        ("digits", "snapshots/step-000000001"),
+        ("DiT-S-256", "encoder/snapshots/step-000000001"),
+        ("digits", "checkpoint"),
+    ],
+)
+def test_a_folder_is_of_one_run(tmp_path: Path, name: str, saved: str) -> None:
     recipe = DIT_PRESETS[name]
     claim(tmp_path / "run", recipe, {"images": 1})
+    (tmp_path / "run" / "snapshots" / "step-000000001.partial").mkdir(parents=True)
     claim(tmp_path / "run", recipe, {"images": 7})  # nothing was saved: it is another run now
-    (tmp_path / "run" / "snapshots" / "step-000000001").mkdir(parents=True)
+    (tmp_path / "run" / saved).mkdir(parents=True)
     claim(tmp_path / "run", recipe, {"images": 7})
     assert read_recipe(tmp_path / "run") == recipe
     with pytest.raises(ValueError, match=r"holds another run \(recipe.seed: 1, not 0; data.images"):

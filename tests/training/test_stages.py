@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,17 @@ from typer.testing import CliRunner
 
 from rae.models.checkpoint import load_checkpoint
 from rae.models.checkpoint_config import read_any_config
+from rae.models.decoder import Decoder
+from rae.models.rae import RAE
+from rae.models.tensor_files import file_sha256
 from rae.training import cli
+from rae.training.overrides import override
 from rae.training.run_settings import AssembleSettings, DecoderSettings, DiTSettings
+from rae.training.snapshots import read_averages
+from rae.training.stage1.decoder_recipe import DECODER_PRESETS
 from rae.training.stage2.dit_dh import DiTTask
 from rae.training.stage2.run_dit import load_averages
-from rae.training.stages import run_assemble, run_decoder, run_dit
+from rae.training.stages import is_unmeasured, run_assemble, run_decoder, run_dit
 from rae.training.trainer import StoppedError
 
 NUM_IMAGES, BATCH = 16, 4
@@ -107,11 +114,21 @@ def write_statistics(path: Path, var: float) -> None:
     save_file({"latents_mean": torch.zeros(shape), "latents_var": torch.full(shape, var)}, path)
 
 
+def make_decoder() -> Decoder:
+    return Decoder(override(DECODER_PRESETS["MAE-B-256"], DECODER).model)
+
+
 def log_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def test_stage_1_writes_an_rae_with_a_decoder_that_has_learnt(root: Path) -> None:
+    averages = make_decoder()
+    last = root / "decoder" / "snapshots" / "step-000000004"
+    read_averages(last, "decoder", averages)
+    written = load_file(root / "decoder" / "checkpoint" / "decoder.safetensors")
+    for name, tensor in averages.state_dict().items():
+        assert torch.equal(written[name], tensor), name
     rows = log_of(root / "decoder")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["grad_norm_discriminator"] > 0 for row in rows] == [False, False, True, True]
@@ -157,6 +174,7 @@ def test_a_guide_is_an_early_snapshot(root: Path, tmp_path: Path) -> None:
     assert checkpoint.guide is not None
     assert checkpoint.config.defaults.guidance_method == "autoguidance"
     assert checkpoint.config.name == "guided"
+    assert checkpoint.config.classes == CLASSES
     early = load_averages(run, 2)[1].state_dict()
     guide = checkpoint.guide.state_dict()
     assert all(torch.equal(guide[name], early[name]) for name in guide)
@@ -164,6 +182,10 @@ def test_a_guide_is_an_early_snapshot(root: Path, tmp_path: Path) -> None:
         run_assemble(replace(settings, out=tmp_path / "no", guide=f"{run}@7"))
     with pytest.raises(ValueError, match="guided is not empty"):
         run_assemble(settings)
+    with pytest.raises(ValueError, match="decoder is no run of `rae train dit`"):
+        run_assemble(replace(settings, out=tmp_path / "no", dit=str(root / "decoder")))
+    with pytest.raises(ValueError, match="'' is not RUN or RUN@STEP"):
+        run_assemble(replace(settings, out=tmp_path / "no", dit=""))
 
 
 @pytest.mark.parametrize(
@@ -191,6 +213,59 @@ def test_a_run_goes_on_only_with_what_it_began_with(root: Path, tmp_path: Path) 
         run_dit(dit_settings(root, statistics=tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match=r"another run \(recipe\.seed: 1, not 0\)"):
         run_dit(dit_settings(root, changes=[*DIT, "seed=1"]))
+
+
+def test_weights_that_a_decoder_learns_through_are_in_the_claim(root: Path) -> None:
+    weights = json.loads((root / "decoder" / "recipe.json").read_text())["data"]["weights"]
+    assert weights == {
+        "encoder/model.safetensors": file_sha256(root / "encoder" / "model.safetensors")
+    }
+
+
+def test_an_encoder_that_cannot_be_read_is_named(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no holds no encoder"):
+        run_decoder(decoder_settings(root, encoder=tmp_path / "no", out=tmp_path / "run"))
+    shutil.copytree(root / "encoder", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'cut'}: "):
+        run_decoder(decoder_settings(root, encoder=tmp_path / "cut", out=tmp_path / "run"))
+
+
+def test_latents_train_what_images_train_and_a_damaged_one_is_named(
+    root: Path, tmp_path: Path
+) -> None:
+    latents, rae = tmp_path / "latents", root / "decoder" / "checkpoint"
+    command = ["encode", "--images", str(root / "images"), "--encoder", str(rae), "--workers", "0"]
+    result = CliRunner().invoke(cli.train_app, [*command, "--out", str(latents)])
+    assert result.exit_code == 0, result.output
+    settings = dit_settings(root, out=tmp_path / "run", images=None, latents=latents, verify=True)
+    run_dit(settings)
+    made = load_checkpoint(tmp_path / "run" / "checkpoint")
+    assert made.config.classes == CLASSES
+    for name, tensor in load_checkpoint(root / "dit" / "checkpoint").dit_dh.state_dict().items():
+        torch.testing.assert_close(made.dit_dh.state_dict()[name], tensor, rtol=0, atol=1e-5)
+    index = json.loads((latents / "index.json").read_text())
+    changed = {**index, "encoder": {**index["encoder"], "sha256": {"model.safetensors": "0" * 64}}}
+    (latents / "index.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"its encoder's model.safetensors is not the RAE's"):
+        run_dit(replace(settings, out=tmp_path / "other"))
+    (latents / "index.json").write_text(json.dumps(index))
+    shard = latents / index["shards"][0]["file"]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{shard.name} has sha256"):
+        run_dit(replace(settings, out=tmp_path / "damaged"))
+
+
+@pytest.mark.parametrize(
+    ("mean", "var", "unmeasured"), [(0, 1, True), (None, 1, False), (1, 1, False), (0, 2, False)]
+)
+def test_an_rae_without_statistics_is_known(mean: int | None, var: int, unmeasured: bool) -> None:
+    rae = RAE(make_decoder().config, image_mean=(0, 0, 0), image_std=(1, 1, 1))
+    rae.latents_var.fill_(var)
+    rae.latents_mean = None if mean is None else torch.full_like(rae.latents_var, mean)
+    assert is_unmeasured(rae) == unmeasured
 
 
 def test_classes_without_images_are_said(root: Path, tmp_path: Path) -> None:

@@ -213,6 +213,25 @@ if __name__ == "__main__":
 """
 
 
+FAILING = (
+    READER[: READER.index("    for batch")]
+    + """
+    held = batches(samples, seed=0, batch_size=2, micro_batch=2, world=world, num_workers=1)
+    next(held)
+    raise OSError("disk full")
+"""
+)
+
+
+def test_who_fails_with_workers_ends(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    command = [sys.executable, str(script), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.endswith("OSError: disk full\n")
+
+
 def test_workers_heed_no_signals_and_end_with_their_parent(folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "reader.py"
     script.write_text(READER)

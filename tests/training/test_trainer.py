@@ -24,7 +24,14 @@ from train_tiny import BATCH, Lines, batches, make_learner, make_task, weights
 from rae.training import snapshots
 from rae.training.batch import Batch
 from rae.training.distributed import World
-from rae.training.trainer import MAX_SKIPPED, DivergedError, Trainer, TrainerConfig
+from rae.training.trainer import (
+    MAX_KEPT,
+    MAX_SKIPPED,
+    DivergedError,
+    StoppedError,
+    Trainer,
+    TrainerConfig,
+)
 
 ALONE = World(0, 1, torch.device("cpu"))
 STEPS = 6
@@ -149,6 +156,51 @@ def test_a_step_that_is_no_number_can_be_left_out(tmp_path: Path) -> None:
     trainer, lines = make_trainer(tmp_path / "all", **all_bad)
     with pytest.raises(DivergedError, match=f"step {MAX_SKIPPED} "):
         trainer.run()
+
+
+def test_so_many_batches_are_kept(tmp_path: Path) -> None:
+    bad: Any = {"make_batches": with_nan(range(99)), "on_nonfinite": "skip", "num_steps": 99}
+    trainer, lines = make_trainer(tmp_path, **bad)
+    (tmp_path / "nonfinite").mkdir()
+    for number in range(MAX_KEPT - 1):
+        (tmp_path / "nonfinite" / f"{number}-rank-0.safetensors").touch()
+    with pytest.raises(DivergedError):
+        trainer.run()
+    assert len(list((tmp_path / "nonfinite").iterdir())) == MAX_KEPT
+    assert f"not kept, {tmp_path / 'nonfinite'} has {MAX_KEPT} already" in lines.lines[2]
+
+
+def test_a_batch_that_cannot_be_kept_hides_no_divergence(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path, make_batches=with_nan(range(1)))
+    (tmp_path / "nonfinite").touch()
+    with pytest.raises(DivergedError, match=r"step 0 is not finite .*not kept, .*File exists"):
+        trainer.run()
+
+
+def test_a_signal_in_the_last_step_is_told_too(tmp_path: Path) -> None:
+    def make(start: int) -> Iterator[Sequence[Batch]]:
+        for step, found in enumerate(batches(start, ALONE, BATCH, 1), start):
+            if step == STEPS - 1:
+                signal.raise_signal(signal.SIGINT)
+            yield found
+
+    trainer, _ = make_trainer(tmp_path, make_batches=make)
+    with pytest.raises(StoppedError, match="stopped by SIGINT"):
+        trainer.run()
+    assert trainer.snapshots.steps() == [STEPS]
+
+
+def test_averages_are_read_with_what_is_not_trained(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path)
+    module = trainer.task.learners["dit"].module
+    fixed = module.state_dict().keys() - dict(module.named_parameters()).keys()
+    assert fixed
+    for name in fixed:
+        module.get_buffer(name).add_(1)  # as if drawn by another torch
+    trainer.run()
+    other = make_learner(ALONE).module
+    snapshots.read_averages(trainer.snapshots.path(STEPS), "dit", other)
+    assert same(other.state_dict(), trainer.task.learners["dit"].averages())
 
 
 def test_a_snapshot_that_cannot_be_written_leaves_the_ones_before(

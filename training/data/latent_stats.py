@@ -73,10 +73,13 @@ def measure_shards(
         raise ValueError(f"{shards.folder} has no latents of mirror images")
     statistics = LatentStatistics()
     entries = shards.index.shards
-    for number in share(range(len(entries)), world):
-        shards.verify(number)
-        for latents in shards.chunks(number, batch_size, has_flips=has_flips):
-            statistics.update(latents.to(world.device))
-        on_batch(entries[number].num_rows)
+    own = share(range(len(entries)), world)
+    for turn in range(ceil(len(entries) / world.size)):
+        for number in own[turn : turn + 1]:  # the last turn may be without
+            shards.verify(number)
+            for latents in shards.chunks(number, batch_size, has_flips=has_flips):
+                statistics.update(latents.to(world.device))
+            on_batch(entries[number].num_rows)
+        world.barrier()  # who is done early would time out in the end
     total = statistics.over(world, shards.index.latent_shape)
     return MeasuredLatents(total, sum(entry.num_skipped for entry in entries))

@@ -7,14 +7,16 @@ left out where an epoch ends, and a run goes on at any step.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -182,10 +184,20 @@ def load(
         generator=torch.Generator(),  # the global one is left alone
         **(workers if num_workers else {}),
     )
-    return _logged(loader)
+    found = _logged(loader)
+    # An error's traceback may hold this to the end, and Python would wait for workers that ignore
+    # its SIGTERM. Whatever was registered last is called first: before torch sees the end coming.
+    atexit.register(_close, ref(found))
+    return found
 
 
-def _logged(loader: Iterable[Loaded | ValueError]) -> Iterator[Batch]:
+def _close(found: ref[Generator[Batch]]) -> None:
+    batches = found()
+    if batches is not None:
+        batches.close()
+
+
+def _logged(loader: Iterable[Loaded | ValueError]) -> Generator[Batch]:
     names: set[str] = set()
     for loaded in loader:
         if isinstance(loaded, ValueError):

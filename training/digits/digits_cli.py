@@ -34,10 +34,6 @@ def train(
 
     Started again after an interruption it goes on.
     """
-    from rae.training.digits.pipeline import DigitsRecipe, train_digits
-    from rae.training.distributed import joined
-    from rae.training.reports.report import RunReport
-
     settings = RunSettings(
         out=out,
         precision="bf16" if bf16 else "fp32",
@@ -46,12 +42,16 @@ def train(
         sample_every=1000,
         snapshot_every=500,
     )
-    with clear_errors(), joined() as world, ExitStack() as reports:
+    with clear_errors(), ExitStack() as stack:
+        from rae.training.digits.pipeline import DigitsRecipe, train_digits
+        from rae.training.distributed import joined
+        from rae.training.reports.report import RunReport
 
         def make_report(name: str, folder: Path) -> RunReport:
             console.print(name)
-            return reports.enter_context(closing(RunReport(folder, console=console)))
+            return stack.enter_context(closing(RunReport(folder, console=console)))
 
+        world = stack.enter_context(joined())
         train_digits(out, DigitsRecipe(seed=seed), settings, world, make_report)
     checkpoint = out / "checkpoint"
     console.print(f"Wrote {checkpoint}. Measure it: rae eval digits --checkpoint {checkpoint}")
@@ -67,16 +67,16 @@ def evaluate(
     ] = None,
 ) -> None:
     """Generate 1,000 digits and hold them against the real ones; exit 1 below a bound."""
-    from rae.models.checkpoint import load_checkpoint
-    from rae.training.digits.digits_judge import (
-        SAMPLES_PER_CLASS,
-        generate_default,
-        judge_checkpoint,
-        protocol_labels,
-    )
-    from rae.training.reports.grid import save_grid
-
     with clear_errors(NOTHING_WRITTEN):
+        from rae.models.checkpoint import load_checkpoint
+        from rae.training.digits.digits_judge import (
+            SAMPLES_PER_CLASS,
+            generate_default,
+            judge_checkpoint,
+            protocol_labels,
+        )
+        from rae.training.reports.grid import save_grid
+
         for file in (json_file, grid):
             require_folder_of(file)
         loaded = load_checkpoint(checkpoint, with_encoder=grid is None)

@@ -28,9 +28,10 @@ SCAN_SIZE = 8
 SCAN_MAX = 16
 NUM_TRAIN = 1500
 SPLIT_SEED = 0
+MADE_FILE = "made"
 
-# Twice as much of each makes the classifier of `evaluate.py` read 95.5 % of the real digits, not
-# 98.1: what is moved too far bounds what a model of it can reach.
+# Twice as much of each makes the classifier of `digits_judge.py` read 95.5 % of the real digits,
+# not 98.1: what is moved too far bounds what a model of it can reach.
 MAX_TURN = math.radians(4)
 MAX_ZOOM = 0.04
 MAX_MOVE = 0.05  # of half a picture
@@ -88,17 +89,24 @@ def to_scans(images: Tensor) -> Tensor:
 
 def write_digits(folder: Path, copies: int, seed: int) -> None:
     """The training scans as a data set: FOLDER/<label>/<scan>-<copy>.png, 32×32; copy 0 is the
-    scan as it is, the `copies` others are moved and turned. A whole folder is left as it is."""
+    scan as it is, the `copies` others are moved and turned. A whole folder is left as it is, one of
+    other copies or another seed replaced. Raises ValueError for any other."""
+    made, partial = f"{copies} copies, seed {seed}\n", folder.with_suffix(".partial")
+    if folder.exists():
+        if not (folder / MADE_FILE).exists():
+            raise ValueError(f"{folder} was not made here: remove it, or take a new folder")
+        if (folder / MADE_FILE).read_text() == made:
+            return
+        shutil.rmtree(folder)
+    if partial.exists():
+        shutil.rmtree(partial)
     digits, _ = split_digits()
-    done, made = folder / "done", f"{copies} copies, seed {seed}\n"
-    if done.exists() and done.read_text() == made:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
     for copy in range(copies + 1):
         moved = random_transforms(len(digits), generator("cpu", seed, copy)) if copy else None
         pictures = to_uint8(render(digits.scans, moved)).permute(0, 2, 3, 1).numpy()
         for scan, (picture, label) in enumerate(zip(pictures, digits.labels.tolist(), strict=True)):
-            path = folder / f"{label}-{CLASS_NAMES[label]}" / f"{scan:04}-{copy:02}.png"
+            path = partial / f"{label}-{CLASS_NAMES[label]}" / f"{scan:04}-{copy:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path, compress_level=1)
-    done.write_text(made)
+    (partial / MADE_FILE).write_text(made)
+    partial.replace(folder)

@@ -94,15 +94,7 @@ def train_mae(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         mae = build_mae(ViTMAEConfig(**recipe.vit))
-    learner = Learner[nn.Module](
-        mae,
-        world,
-        recipe.adamw,
-        recipe.lr_schedule(len(samples)),
-        ema_decay=recipe.ema_decay,
-        ema_rises=recipe.ema_rises,
-        strategy=settings.strategy,
-    )
+    learner: Learner[nn.Module] = recipe.learner(mae, world, len(samples), settings.strategy)
     task = MAETask(learner, recipe.seed, settings.precision)
     run_task(task, recipe, samples, settings, world, report)
     mae.load_state_dict(learner.averages())

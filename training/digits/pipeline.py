@@ -20,6 +20,7 @@ from rae.models.encoder import load_encoder
 from rae.models.rae import RAE
 from rae.models.tensor_files import file_sha256
 from rae.training.assemble import assemble_checkpoint
+from rae.training.claim import CHECKPOINT, claimed
 from rae.training.data.encode import encode_dataset
 from rae.training.data.image_data import fingerprint, open_dataset
 from rae.training.data.image_encoder import ImageEncoder
@@ -30,7 +31,6 @@ from rae.training.data.transforms import CenterCrop
 from rae.training.digits.digits_data import CLASS_NAMES, IMAGE_SIZE, write_digits
 from rae.training.digits.encoder_mae import IMAGE_MEAN, IMAGE_STD, MAERecipe, train_mae
 from rae.training.distributed import World
-from rae.training.run import claim
 from rae.training.run_settings import RunSettings
 from rae.training.stage1.decoder_recipe import DecoderRecipe
 from rae.training.stage1.run_decoder import train_decoder
@@ -143,7 +143,17 @@ def train_digits(
     if world.size > 1:
         raise ValueError(f"{world.size} processes: the digits are trained by one")
     recipe = recipe.seeded()
-    claim(out, recipe, {})
+    with claimed(out, recipe, {}):
+        _train_digits(out, recipe, settings, world, make_report)
+
+
+def _train_digits(
+    out: Path,
+    recipe: DigitsRecipe,
+    settings: RunSettings,
+    world: World,
+    make_report: MakeReport,
+) -> None:
     write_digits(out / "images", recipe.copies, recipe.seed)
     source = open_dataset(out / "images")
     samples = ImageSamples(source, CenterCrop(IMAGE_SIZE))
@@ -166,7 +176,7 @@ def train_digits(
         for name, stage in stages.items()
     }
     assemble_checkpoint(
-        out / "checkpoint",
+        out / CHECKPOINT,
         autoencoder_config(recipe, settings),
         rae,
         recipe.dit,

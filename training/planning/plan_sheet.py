@@ -122,7 +122,7 @@ def command(plan: Plan, preset: str, changes: Sequence[str]) -> str:
         stage = ["decoder", preset, "--images", "IMAGES", "--encoder", "ENCODER", *files]
     else:
         data = ["--latents", "LATENTS"] if plan.pre_encoded else ["--images", "IMAGES"]
-        stage = ["dit", preset, "--rae", "RAE", *data]
+        stage = ["dit", preset, "--rae", "RAE", "--statistics", "STATISTICS", *data]
     how = ["--micro-batch", str(plan.used_micro_batch), "--precision", cluster.precision]
     if cluster.num_gpus > 1:
         how += ["--strategy", cluster.strategy]

@@ -55,15 +55,7 @@ def build_decoder_task(
     rae.decoder.requires_grad_(True)
     perceptual = build_perceptual(recipe, rae, world, files.vgg)
     adversary = build_adversary(recipe, rae, world, num_images, files.dino)
-    decoder = Learner(
-        rae.decoder,
-        world,
-        recipe.adamw,
-        recipe.lr_schedule(num_images),
-        ema_decay=recipe.ema_decay,
-        ema_rises=recipe.ema_rises,
-        strategy=strategy,
-    )
+    decoder = recipe.learner(rae.decoder, world, num_images, strategy)
     return DecoderTask(
         rae,
         decoder,

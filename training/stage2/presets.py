@@ -29,6 +29,13 @@ class DiTRecipe(Recipe):
     shift: float | None = None
     milestone_epochs: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if max(self.milestone_epochs, default=0) > self.epochs:
+            raise ValueError(
+                f"milestone_epochs {self.milestone_epochs}: the run has {self.epochs:g} epochs"
+            )
+
     @property
     def time_shift(self) -> float:
         return default_shift(self.model.latent_shape) if self.shift is None else self.shift

@@ -14,11 +14,12 @@ from rae.models.dit import DiT, DiTConfig
 from rae.models.dit_dh import DiTDH
 from rae.models.rae import RAE
 from rae.models.sampling import denoise, draw_noise, timesteps
+from rae.training.claim import read_claim
 from rae.training.data.samples import Samples
 from rae.training.distributed import World
 from rae.training.learner import Learner
 from rae.training.precision import set_matmul_precision
-from rae.training.run import compile_blocks, read_claim, run_task
+from rae.training.run import compile_blocks, run_task
 from rae.training.run_settings import RunSettings
 from rae.training.snapshots import SNAPSHOTS, find_snapshot, read_averages
 from rae.training.stage2.dit_dh import DiTTask, FlowMatching
@@ -91,15 +92,8 @@ def train_dit(
         )
     set_matmul_precision(settings.precision)
     rae = rae.to(world.device)
-    learner = Learner[nn.Module](
-        build(recipe.model, recipe.seed),
-        world,
-        recipe.adamw,
-        recipe.lr_schedule(len(samples)),
-        ema_decay=recipe.ema_decay,
-        ema_rises=recipe.ema_rises,
-        strategy=settings.strategy,
-    )
+    model = build(recipe.model, recipe.seed)
+    learner: Learner[nn.Module] = recipe.learner(model, world, len(samples), settings.strategy)
     if settings.compile:
         compile_blocks(learner.module)
     task = DiTTask(
@@ -138,6 +132,8 @@ def require_fit(recipe: DiTRecipe, samples: Samples, rae: RAE) -> None:
 def read_recipe(run: Path) -> DiTRecipe:
     """Of a run's folder. Raises ValueError."""
     values = dict(read_claim(run)["recipe"])
+    if "class_dropout_prob" not in values.get("model", {}):
+        raise ValueError(f"{run} is no run of `rae train dit`")
     kind = DiTDHConfig if "head_hidden_size" in values["model"] else DiTConfig
     values["model"] = from_dict(kind, values["model"])
     for name in ("betas", "milestone_epochs"):
