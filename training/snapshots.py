@@ -139,8 +139,8 @@ def read(path: Path, state: dict[str, Any], *, alone: bool) -> None:
     except CheckpointException as error:
         first, _ = next(iter(error.failures.values()))
         raise ValueError(
-            f"{path} does not fit this run, or is damaged (without it, the run goes on from the one "
-            f"before): {first}"
+            f"{path} does not fit this run, or is damaged (without it, the run goes on from the "
+            f"one before): {first}"
         ) from error
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} does not fit this run: {error}") from error

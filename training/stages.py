@@ -256,7 +256,7 @@ def require_encoder_of(config: AutoencoderConfig, samples: Samples) -> None:
 def open_samples(settings: DiTSettings, recipe: DiTRecipe) -> tuple[Samples, dict[str, Any]]:
     """What is trained on, and the facts that tell it from others."""
     if (settings.images is None) == (settings.latents is None):
-        raise ValueError("either --images or --latents is needed")
+        raise ValueError("one of --images and --latents is needed")
     if settings.latents is not None:
         shards = LatentShards(settings.latents)
         index = shards.index

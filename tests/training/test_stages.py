@@ -23,13 +23,15 @@ from rae.models.decoder import Decoder
 from rae.models.rae import RAE
 from rae.models.tensor_files import file_sha256
 from rae.training import cli
+from rae.training.distributed import World
 from rae.training.overrides import override
-from rae.training.run_settings import AssembleSettings, DecoderSettings, DiTSettings
+from rae.training.run_settings import AssembleSettings, DecoderSettings, DiTSettings, RunSettings
 from rae.training.snapshots import read_averages
 from rae.training.stage1.decoder_recipe import DECODER_PRESETS
 from rae.training.stage2.dit_dh import DiTTask
+from rae.training.stage2.presets import DIT_PRESETS
 from rae.training.stage2.run_dit import load_averages
-from rae.training.stages import is_unmeasured, run_assemble, run_decoder, run_dit
+from rae.training.stages import begun, is_unmeasured, run_assemble, run_decoder, run_dit
 from rae.training.trainer import StoppedError
 
 NUM_IMAGES, BATCH = 16, 4
@@ -192,7 +194,7 @@ def test_a_guide_is_an_early_snapshot(root: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"statistics": None}, "no statistics of its latents: `rae train stats`"),
-        ({"images": None}, "either --images or --latents is needed"),
+        ({"images": None}, "one of --images and --latents is needed"),
         ({"changes": [*DIT, "image_size=64"]}, "image_size 64; the RAE's images have 32"),
         ({"changes": [*DIT, "model.latent_size=2"]}, r"latents are \(16, 4, 4\), the model takes"),
         ({"changes": [*DIT, "model.num_classes=1"]}, "--set model.num_classes=2"),
@@ -266,6 +268,19 @@ def test_an_rae_without_statistics_is_known(mean: int | None, var: int, unmeasur
     rae.latents_var.fill_(var)
     rae.latents_mean = None if mean is None else torch.full_like(rae.latents_var, mean)
     assert is_unmeasured(rae) == unmeasured
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_the_first_process_refuses_all_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    (tmp_path / "thesis.tex").touch()
+    monkeypatch.setattr(World, "any", lambda *_: True)  # as both hear of it
+    settings = RunSettings(out=tmp_path)
+    message = "first process refuses" if rank else "is not empty"
+    with pytest.raises(ValueError, match=message):
+        with begun(settings, DIT_PRESETS["digits"], {}, World(rank, 2, torch.device("cpu"))):
+            pytest.fail("it began")
 
 
 def test_classes_without_images_are_said(root: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from rae.training.data.stats import LatentStatistics
 from rae.training.digits.encoder_mae import build_mae
 from rae.training.draws import mix
 from rae.training.ema import EMA
+from rae.training.precision import Precision, set_matmul_precision
 from rae.training.stage2.dit_dh import FlowMatching
 
 
@@ -105,3 +106,15 @@ def test_an_mae_from_scratch_knows_positions() -> None:
         assert torch.cdist(table[0, 1:], table[0, 1:]).fill_diagonal_(1).min() > 0.5
         assert table[0, 0].abs().max() == 0
     assert mae.decoder.mask_token.std() > 0
+
+
+@pytest.mark.parametrize(("precision", "is_rounded"), [("fp32", False), ("tf32", True)])
+def test_tf32_is_of_matmuls_and_convolutions(precision: Precision, is_rounded: bool) -> None:
+    try:
+        set_matmul_precision(precision)
+        assert torch.get_float32_matmul_precision() == ("high" if is_rounded else "highest")
+        assert torch.backends.cudnn.allow_tf32 == is_rounded
+        with torch.backends.cudnn.flags(enabled=True):  # no setting contradicts another
+            pass
+    finally:
+        set_matmul_precision("fp32")
