@@ -15,7 +15,10 @@ from rae.kernels.dispatch import TABLES, Table
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("80", "100"))],
+)
 def test_every_entry_compiles_without_spills(architecture: str, tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     script = ROOT / "benchmarks" / "compile_kernels.py"

@@ -45,17 +45,17 @@ def test_every_golden_output_is_reproduced(flags: tuple[str, ...]) -> None:
     assert any("ditdh_qknorm v " in line for line in lines)
 
 
-def test_the_kernels_reproduce_guided_outputs(tmp_path: Path) -> None:
+def test_the_kernels_reproduce_outputs(tmp_path: Path) -> None:
     """What takes the interpreter seconds; `make test-slow` runs all of it."""
     for name in ("ditdh_a.model", "ditdh_a.guide", "decoder_a.model", "decoder_a.io"):
         shutil.copy(GOLDEN / f"{name}.safetensors", tmp_path)
-    kept = {"x", "t", "y", "shift", "num_steps", "v", "v_null", "euler_autoguidance_1.42"}
+    kept = {"x", "t", "y", "shift", "num_steps", "v", "v_null"}
     with safe_open(GOLDEN / "ditdh_a.io.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in kept}
         save_file(tensors, tmp_path / "ditdh_a.io.safetensors", file.metadata())
     result = run_parity(tmp_path, "--kernels", "triton")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "4 outputs compared, 0 above their bound" in result.stdout
+    assert "3 outputs compared, 0 above their bound" in result.stdout
 
 
 def test_a_wrong_number_is_found(tmp_path: Path) -> None:

@@ -233,6 +233,7 @@ def test_random_labels_depend_on_seed_number_and_classes_alone(
     assert drawn[0, 7, 4][:6] != drawn[0, 6, 4]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_again_and_again_goes_on(
     sample: Callable[..., Result],
     spawn: Callable[..., subprocess.Popen[str]],
