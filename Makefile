@@ -47,7 +47,7 @@ kernels-compile: .venv/.installed .venv-triton3.6/.installed
 bench: .venv/.installed
 	$(BIN)/python benchmarks/throughput.py --out out/throughput $(ARGS)
 
-# The paper's four claims on the digits: docs/paper.md. An hour. Does it run?
+# The paper's four claims on the digits: docs/paper.md. Half an hour. Does it run?
 # make paper ARGS=--quick CLAIMS=out/paper CLAIM_PLOTS=out/paper
 CLAIMS ?= benchmarks/results/cpu/paper
 CLAIM_PLOTS ?= docs/paper

@@ -13,6 +13,7 @@ from rae.training.data.stats import LatentStatistics
 from rae.training.digits.encoder_mae import build_mae
 from rae.training.draws import mix
 from rae.training.ema import EMA
+from rae.training.evaluation.measuring import exact_convolutions
 from rae.training.precision import Precision, set_matmul_precision
 from rae.training.stage2.dit_dh import FlowMatching
 
@@ -114,7 +115,8 @@ def test_tf32_is_of_matmuls_and_convolutions(precision: Precision, is_rounded: b
         set_matmul_precision(precision)
         assert torch.get_float32_matmul_precision() == ("high" if is_rounded else "highest")
         assert torch.backends.cudnn.allow_tf32 == is_rounded
-        with torch.backends.cudnn.flags(enabled=True):  # no setting contradicts another
-            pass
+        with exact_convolutions():  # no setting contradicts another
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.allow_tf32 == is_rounded
     finally:
         set_matmul_precision("fp32")

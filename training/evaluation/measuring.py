@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -96,13 +95,6 @@ def channels_first(pixels: np.ndarray, device: torch.device) -> Tensor:
     return torch.tensor(pixels, device=device).permute(0, 3, 1, 2)
 
 
-@contextmanager
-def exact_convolutions() -> Iterator[None]:
+def exact_convolutions() -> AbstractContextManager[None]:
     """cuDNN would round the inputs of fp32 convolutions to TF32's 10 bits."""
-    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
