@@ -94,12 +94,14 @@ async def converse(
 ) -> str:
     """Send and read what the case says; what is wrong, or nothing."""
     problem, answered, is_late = "", 0, False
+    late_from = started + LATE_S + len(case.parts) * case.pause_s
     try:
         for part in case.parts:
+            is_late = time.monotonic() > late_from
             writer.write(part)
             await writer.drain()
             await asyncio.sleep(case.pause_s)
-        is_late = time.monotonic() - started > LATE_S
+        is_late = time.monotonic() > late_from
         while case.end == "read" and answered < case.answers and not problem:
             answer = await read_answer(reader, case.parts[0].startswith(b"HEAD "))
             if answer is None:
@@ -109,7 +111,7 @@ async def converse(
     except (ConnectionError, asyncio.IncompleteReadError):
         report.statuses["reset"] += 1
     if case.end == "read" and answered == 0:
-        report.statuses["closed"] += 1
+        report.statuses["late" if is_late else "closed"] += 1
     if case.is_sound and not answered and not is_late:
         return "no answer to a request that is whole"
     return problem
