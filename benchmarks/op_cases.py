@@ -1,4 +1,5 @@
-"""The ops of kernels/ at the published models' shapes, next to what else could do their work."""
+"""The ops of kernels/, and the linears between them, at the published models' shapes, next to what
+else could do their work."""
 
 from __future__ import annotations
 
@@ -101,6 +102,33 @@ def swiglu_cases(device: torch.device, quick: bool) -> Iterator[Case]:
             yield Case("swiglu", dims, moved, flop, eager_swiglu, inputs, others)
 
 
+# Inner size and columns of XL's linears with a hundredth of its FLOPs or more; the last two with
+# the head's hidden size, which is odd: `padded` is how the server runs them.
+LINEARS = [(1152, 3456), (1152, 1152), (1152, 6144), (3072, 1152)]
+LINEARS += [(2048, 6144), (2048, 2048), (2048, 12288), (2048, 4096)]
+LINEARS += [(2048, 2 * HEAD_HIDDEN), (HEAD_HIDDEN, 2048)]
+PADDED = {2 * HEAD_HIDDEN: 2 * PADDED_HEAD_HIDDEN, HEAD_HIDDEN: PADDED_HEAD_HIDDEN}
+
+
+def linear_cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    for inner, columns in [(64, 2 * HEAD_HIDDEN)] if quick else LINEARS:
+        for rows in [8] if quick else [256, 2048, 8192, 16384]:
+
+            def operands(inner: int, columns: int, rows: int = rows) -> tuple[Tensor, ...]:
+                weight = draw(device, columns, inner) / math.sqrt(inner)
+                return draw(device, rows, inner), weight, draw(device, columns)
+
+            others: dict[str, Run] = {}
+            if {inner, columns} & PADDED.keys():
+                padded = operands(PADDED.get(inner, inner), PADDED.get(columns, columns))
+                others["padded"] = partial(F.linear, *padded)
+            flop = 2 * rows * inner * columns
+            moved = 2 * (rows * inner + columns * inner + columns + rows * columns)
+            dims: dict[str, int | str] = {"rows": rows, "inner": inner, "columns": columns}
+            inputs = operands(inner, columns)
+            yield Case("linear", dims, moved, flop, F.linear, inputs, others)
+
+
 def eager_attention(qkv: Tensor, rope: RotaryEmbedding | None) -> Tensor:
     q, k, v = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     if rope is not None:
@@ -109,7 +137,8 @@ def eager_attention(qkv: Tensor, rope: RotaryEmbedding | None) -> Tensor:
 
 
 def attention_cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    sizes = [(72, 256, 16), (64, 256, 16), (128, 256, 16), (72, 257, 0), (72, 1024, 32)]
+    sizes = [(72, 256, 16), (64, 256, 16), (128, 256, 16), (72, 257, 0)]
+    sizes += [(72, 1024, 32), (128, 1024, 32)]
     for head_dim, tokens, grid in [(16, 16, 4)] if quick else sizes:
         rope = RotaryEmbedding(head_dim, grid).to(device) if grid else None
         tables = (rope.freqs_cos, rope.freqs_sin) if rope else (None, None)
@@ -150,6 +179,7 @@ def guided_euler_cases(device: torch.device, quick: bool) -> Iterator[Case]:
 
 
 CASES = {
+    "linear": linear_cases,
     "adaln": adaln_cases,
     "swiglu": swiglu_cases,
     "attention": attention_cases,

@@ -4,13 +4,14 @@
 
 - ours: the op with kernels="triton". eager: the published code's chain, in bf16. compile: that
   chain by torch.compile. library: cuBLAS and an activation; cudnn, flash: attention by each.
+- linear has no kernel of ours: eager is cuBLAS, padded the same with the server's sizes.
 - authors: their head's MLP up to the product, at its own hidden size, which no kernel likes.
 - A row's ideal time is max(bytes / copy, flop / matmul) with what this run measured for a large
   copy, read and written, and a large bf16 product; `fraction` is the ideal time over p50.
 - bytes are what the op must read and write once; flop are its products, without padding.
 
 On CUDA every call finds the L2 cache flushed. Writes ops.csv, ops.json with ceilings, versions and
-the goals (CUDA only), and a PNG per op where matplotlib is installed.
+the goals (CUDA only), and a PNG per op where matplotlib is installed, after every op anew.
 """
 
 from __future__ import annotations
@@ -176,11 +177,11 @@ def main() -> int:
     for op in args.op:
         for case in CASES[op](args.device, args.quick):
             rows += time_case(case, args.device, limits, not args.no_compile)
+        figures = facts | {"triton": triton.__version__, "ceilings": limits}
+        if args.device.type == "cuda":
+            figures["goals"] = goals(rows)
+        write(rows, figures, args.out)
         sys.stderr.write(f"ops: {op} is done\n")
-    figures = facts | {"triton": triton.__version__, "ceilings": limits}
-    if args.device.type == "cuda":
-        figures["goals"] = goals(rows)
-    write(rows, figures, args.out)
     return 0
 
 

@@ -1,10 +1,11 @@
-"""Compare this implementation with recorded numbers of the published one, in fp32.
+"""Compare this implementation with recorded numbers of the published one.
 
-    python benchmarks/parity.py DIR [--device cuda] [--kernels triton]
+    python benchmarks/parity.py DIR [--device cuda] [--kernels triton] [--precision bf16]
 
 DIR holds file sets NAME.model.safetensors + NAME.io.safetensors (+ NAME.guide.safetensors), time
 grids, training-time quantiles and manifests.json; tests/golden is such a folder. One line per
-output; exits 1 when an error is above its bound.
+output; exits 1 when an error is above its bound. The records are in fp32: in tf32 and bf16 what the
+models compute may be off by LEAST_BOUND: bf16 was, on a CPU, by a third of it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rae.models.config import DecoderConfig, DiTDHConfig
 from rae.models.decoder import Decoder
 from rae.models.dit_dh import DiTDH
 from rae.models.fused import fuse
+from rae.models.layers import store_matmul_weights
 from rae.models.parity import (
     FORWARD_BOUND,
     Result,
@@ -36,9 +38,12 @@ from rae.models.parity import (
 from rae.models.rae import RAE
 from rae.models.sampling import default_shift, shift_time, timesteps
 from rae.models.tensor_files import load_strictly, read_tensors
+from rae.server.devices import resolve_precision, set_matmul_precision
 from rae.training.stage2.losses import interpolate, logit_normal_quantile, velocity_loss
 
 M = TypeVar("M", bound=nn.Module)
+
+LEAST_BOUND = {"fp32": 0.0, "tf32": 1e-2, "bf16": 4e-2}
 
 # The recorded quantiles are those of a random draw, off the exact ones by 2e-3 themselves; a
 # wrong distribution (uniform, or no shift) is off by more than 3e-2.
@@ -50,12 +55,31 @@ class Setup(NamedTuple):
 
     device: torch.device = torch.device("cpu")
     kernels: str | None = None
+    precision: str = "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return resolve_precision(self.precision, self.device)[1]
 
     def place(self, model: M) -> M:
         model.to(self.device)
         if self.kernels is not None:
-            fuse(model, torch.float32, self.kernels, self.kernels)
+            fuse(model, self.dtype, self.kernels, self.kernels)
+        else:
+            store_matmul_weights(model, self.dtype)
         return model
+
+    def named(self, stem: str, results: Iterator[Result]) -> Iterator[Result]:
+        """What the models compute, under the file set's name. Its ValueErrors get the name, too."""
+        autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
+        try:
+            with autocast:
+                for name, error, bound in results:
+                    yield Result(f"{stem} {name}", error, max(bound, LEAST_BOUND[self.precision]))
+        except ValueError as error:
+            raise ValueError(f"{stem}: {error}") from error
 
     def read(self, path: Path) -> dict[str, Tensor]:
         return {key: value.to(self.device) for key, value in read_tensors(path).items()}
@@ -100,16 +124,8 @@ def check_dit_dh(path: Path, stem: str, io: dict[str, Tensor], setup: Setup) -> 
     guide_path = path.with_name(f"{stem}.guide.safetensors")
     guide = load_dit_dh(guide_path, path, "guide_config") if guide_path.exists() else None
     model, guide = setup.place(model), setup.place(guide) if guide else None
-    yield from named(stem, compare_dit_dh(model, guide, io))
-    yield from named(stem, compare_training(model, io))
-
-
-def named(stem: str, results: Iterator[Result]) -> Iterator[Result]:
-    try:
-        for result in results:
-            yield result._replace(name=f"{stem} {result.name}")
-    except ValueError as error:
-        raise ValueError(f"{stem}: {error}") from error
+    yield from setup.named(stem, compare_dit_dh(model, guide, io))
+    yield from setup.named(stem, compare_training(model, io))
 
 
 @torch.no_grad()
@@ -141,7 +157,7 @@ def check_decoder(path: Path, stem: str, io: dict[str, Tensor], setup: Setup) ->
     load_strictly(rae.decoder, read_tensors(model_path), model_path)
     rae.latents_mean, rae.latents_var = io.get("latent_mean"), io["latent_var"]
     rae.eps = io.get("eps", rae.eps)
-    yield from named(stem, compare_decoder(setup.place(rae), io))
+    yield from setup.named(stem, compare_decoder(setup.place(rae), io))
 
 
 def check_training_times(stem: str, io: dict[str, Tensor]) -> Iterator[Result]:
@@ -182,13 +198,16 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="a folder of the golden format")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--kernels", choices=get_args(Kernels), help="the plain layers without")
+    parser.add_argument("--precision", choices=LEAST_BOUND, default="fp32")
     args = parser.parse_args()
     folder: Path = args.folder
     results: list[Result] = []
     try:
         if args.kernels is not None:
             check_kernels(args.kernels, "auto", args.device)
-        for result in check_folder(folder, Setup(args.device, args.kernels)):
+        resolve_precision(args.precision, args.device)
+        set_matmul_precision(args.precision)
+        for result in check_folder(folder, Setup(args.device, args.kernels, args.precision)):
             results.append(result)
             verdict = "ok" if result.passed else "FAILED"
             line = f"{result.name:<48} {result.error:9.2e}  bound {result.bound:7.1e}  {verdict}"

@@ -29,6 +29,7 @@ def test_every_op_is_timed_and_what_cannot_run_is_an_error_in_its_row(tmp_path: 
     with (tmp_path / "ops.csv").open() as file:
         rows = list(csv.DictReader(file))
     expected = {(op, name) for op in ("adaln", "guided_euler") for name in ("ours", "eager")}
+    expected |= {("linear", name) for name in ("eager", "padded")}
     expected |= {("swiglu", name) for name in ("ours", "library", "eager")}
     expected |= {("attention", name) for name in ("ours", "cudnn", "flash", "eager")}
     assert {(row["op"], row["implementation"]) for row in rows} == expected
@@ -39,7 +40,8 @@ def test_every_op_is_timed_and_what_cannot_run_is_an_error_in_its_row(tmp_path: 
         else:
             assert not row["error"]
             assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"]) < 1e8
-            assert 0 < float(row["fraction"]) < 1
+            # The ceiling is a larger product: a linear of a CPU may pass it.
+            assert 0 < float(row["fraction"]) < (100 if row["op"] == "linear" else 1)
     figures = json.loads((tmp_path / "ops.json").read_text())
     assert all(value > 0 for value in figures["ceilings"].values())
     assert "goals" not in figures

@@ -26,6 +26,7 @@ def run_parity(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     [
         (),
         ("--kernels", "library"),
+        ("--precision", "bf16"),
         pytest.param(("--kernels", "triton"), marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
     ],
 )
