@@ -10,7 +10,9 @@
 Both have the same settings and run in turns, after one that is not counted, and each image of one
 is compared with that of the other. `ratio` is the median over the turns of http's rate over
 offline's; `cpu_s_per_image` is what other work on the machine does not slow as much, the client
-counted in. --model is a name of CONFIGS, with random weights, a checkpoint folder, or digits.
+counted in. `alone_s` is how long one image takes over HTTP where nothing else is asked for, of
+--alone of them one after another, each on a new connection. --model is a name of CONFIGS, with
+random weights, a checkpoint folder, or digits.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from arrivals import percentiles
 from machine_facts import machine
 from PIL import Image
 from subjects import Served, cpu_seconds, find_checkpoint, serve
@@ -139,6 +142,12 @@ def run_client(served: Served, connections: int, specs: Sequence[ImageSpec]) -> 
     return Result(seconds=seconds, cpu_s=cpu_s, images=images, num_bytes=sum(map(len, files)))
 
 
+def time_alone(served: Served, specs: Sequence[ImageSpec]) -> dict[str, float]:
+    """Seconds of a request that has the server for itself; the first is not counted."""
+    seconds = [run_client(served, 1, [spec]).seconds for spec in specs]
+    return percentiles(seconds[1:])
+
+
 def specs_of(args: argparse.Namespace, turn: int, num: int, num_classes: int) -> list[ImageSpec]:
     return [
         ImageSpec(
@@ -184,6 +193,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--connections", type=int, help="default: twice the batch")
     parser.add_argument("--images", type=int, help="of a turn; default: two batches")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--alone", type=int, default=20, help="requests one after another")
     parser.add_argument("--checkpoints", type=Path, help="where random weights are kept")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     return parser.parse_args()
@@ -209,6 +219,7 @@ def main() -> int:
                 results = (engine.run(specs), run_client(served, connections, specs))
                 if turn:
                     turns.append(results)
+            figures["alone_s"] = time_alone(served, specs_of(args, 0, args.alone + 1, num_classes))
     asked = ("model", "precision", "steps", "cfg", "guidance", "batch")
     figures |= {key: getattr(args, key) for key in asked}
     figures |= {"connections": connections, "images_per_turn": num} | summary(turns)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_run_on_the_tiny_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "benchmarks" / "over_http.py", "--model", tiny_checkpoint]
     command += ["--steps", "3", "--batch", "2", "--images", "6", "--turns", "1"]
+    command += ["--alone", "3"]
     path = tmp_path / "out" / "figures.json"
     command += ["--json", path]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -31,6 +32,7 @@ def test_a_run_on_the_tiny_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> 
     assert figures["ratio"] == pytest.approx(turn["http"] / turn["offline"])
     assert figures["met"] == (figures["ratio"] >= 0.95) == (result.returncode == 0)
     assert 0.1 < figures["png_kb"] < 2
+    assert 0 < figures["alone_s"]["p50"] <= figures["alone_s"]["max"] < 60
 
 
 def test_turns_are_compared_in_pairs_and_images_one_by_one(
