@@ -1,85 +1,151 @@
 #!/usr/bin/env bash
 # All that is checked and measured on a GPU, in an order that keeps the most if time runs out.
 #     benchmarks/gpu.sh OUT [PART ...]
-# Parts: kernels (against fp64), engine (graphs against eager calls), parity (recorded numbers), tune,
-# step, ops, forward, training (steps of stage 2 against the authors'), service (over HTTP, under
-# load, with killed workers), throughput; of the last one also by themselves: none, autoguidance,
-# cfg (XL-256 by guidance), start, ablation, xl512, deterministic, compiled. Without a part all of them.
+# first   what is right, and the ceilings:
+#   kernels (against fp64), engine (graphs against eager calls), parity (recorded numbers in fp32,
+#   tf32 and bf16), tune (writes the table of this GPU, which all parts after it take), ops
+# second  XL-256 against the authors' eager code:
+#   none, autoguidance, profile (of a step, by kernel), http (over HTTP and alone)
+# third   compiled (the authors' code by torch.compile), step (by choice of kernels)
+# fourth  cfg, xl512, start (cold and warm), ablation, deterministic, training (steps of stage 2)
+# last    load (Poisson arrivals), kills (of workers), ops-compile, forward
+# Each of these groups takes about nine minutes on an H200, predicted; without a PART all of them.
+#     BUDGET=SECONDS   no part starts later, and the last is ended then; what it wrote stays
 #     UPSTREAM=DIR     a clone of bytetriper/RAE, to compare with
 #     CHECKPOINTS=DIR  where random weights stay between runs, 6 GB a model
+#     DEVICE=cpu       a rehearsal where there is no GPU: the same commands on small models
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?where the results go}
 shift
+device=${DEVICE:-cuda}
 python=${PYTHON:-.venv/bin/python}
+budget=${BUDGET:-86400}
 upstream=(${UPSTREAM:+--upstream "$UPSTREAM"})
 checkpoints=${CHECKPOINTS:-${TMPDIR:-/tmp}/rae-benchmarks}
+xl=DiTDH-XL-256 xl512=DiTDH-XL-512 small=() http=(--steps 50 --batch 32) profile=()
+if [[ $device == cpu ]]; then
+    xl=digits xl512=digits small=(--steps 4 --turns 1 --batch 2) profile=(--batch 2)
+    http=(--steps 4 --batch 2 --turns 1)
+fi
 mkdir -p "$out" .typecheck/rae
 for room in server kernels models training; do ln -sfn "../../$room" ".typecheck/rae/$room"; done
 export PYTHONPATH="$PWD/.typecheck${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
+
+# Seconds at most, a name, and a command.
 run() {
-    local name=$1
-    shift
+    local limit=$1 name=$2 left=$((budget - SECONDS)) started=$SECONDS
+    shift 2
+    ((left < limit)) && limit=$left
+    if ((limit < 10)); then
+        echo "== $name: no time left" && failed=1
+        return
+    fi
     echo "== $name"
-    timeout "${LIMIT:-240}" "$@" >"$out/$name.log" 2>&1 || { failed=1; echo "   failed: $?"; }
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || { failed=1; echo "   failed: $?"; }
     tail -n 3 "$out/$name.log"
+    echo "   $((SECONDS - started)) s"
+}
+tests() {
+    local workers=()
+    "$python" -c "import xdist" 2>/dev/null && [[ $device == cuda ]] && workers=(-n 8)
+    run "$1" "$2" "$python" -m pytest -p no:cacheprovider "${workers[@]}" -q "${@:3}"
 }
 # Seconds, a name, and flags. What is written so far stays when the time is up.
 throughput() {
-    local budget=$1 name=$2
-    shift 2
-    LIMIT=$((budget + 70)) run "$name" "$python" benchmarks/throughput.py --device cuda \
-        --budget-s "$budget" --checkpoints "$checkpoints" --out "$out/$name" "${upstream[@]}" "$@"
+    local seconds=$1 name=$2 left=$((budget - SECONDS - 30))
+    ((left < seconds)) && seconds=$((left > 1 ? left : 1))
+    run $((seconds + 70)) "$name" "$python" benchmarks/throughput.py --device "$device" \
+        --model "$xl" --budget-s "$seconds" --checkpoints "$checkpoints" --out "$out/$name" \
+        "${upstream[@]}" "${@:3}" "${small[@]}"
 }
 # Seconds, a name, a size, and flags.
 train_step() {
-    LIMIT=$(($1 + 60)) run "train-step-$2" "$python" benchmarks/train_step.py "${upstream[@]}" \
-        --device cuda --budget-s "$1" --model "DiTDH-$3-256" --steps 10 --warm-up 3 \
-        --precision tf32 --precision bf16 --json "$out/train-step-$2.json" "${@:4}"
+    local flags=(--steps 10 --warm-up 3 --precision tf32 --precision bf16 "${@:4}")
+    [[ $device == cuda ]] || flags=(--batch 1 --steps 1 --warm-up 1 --rounds 1 --precision bf16)
+    run $(($1 + 60)) "train-step-$2" "$python" benchmarks/train_step.py "${upstream[@]}" \
+        --device "$device" --budget-s "$1" --model "DiTDH-$3-256" \
+        --json "$out/train-step-$2.json" "${flags[@]}"
+}
+training() {
+    [[ -n ${UPSTREAM:-} ]] || return 0
+    run 240 train-parity "$python" benchmarks/train_parity.py "${upstream[@]}" --device "$device" \
+        --json "$out/train-parity.json"
+    train_step 360 S S --batch 128 --batch 64 --batch 256
+    [[ $device == cuda ]] || return 0
+    train_step 480 XL XL --batch 64 --batch 32
+    train_step 180 trials S --batch 128 --rounds 1 --variant "ours whole" \
+        --variant "ours compiled aligned" --variant "ours whole aligned"
+}
+parity() {
+    local kernels=(--kernels triton) precisions=(fp32 tf32 bf16)
+    [[ $device == cuda ]] || kernels=() precisions=(fp32 bf16)
+    for each in "${precisions[@]}"; do
+        run 240 "parity-$each" "$python" benchmarks/parity.py tests/golden --device "$device" \
+            --precision "$each" "${kernels[@]}"
+    done
+}
+tune() {
+    [[ $device == cuda ]] || return 0
+    run 500 tune "$python" -m rae.server tune
+    cp "$(tail -n 1 "$out/tune.log")" "$out/" || failed=1
+}
+ops() {
+    local quick=()
+    [[ $device == cuda ]] || quick=(--quick)
+    run 400 "$1" "$python" benchmarks/ops.py --device "$device" --out "$out/$1" "${quick[@]}" "${@:2}"
+}
+# A name and flags; a server of XL with random weights.
+served() {
+    local folder=()
+    [[ $device == cuda ]] && folder=(--model "$checkpoints/$xl")
+    run 300 "$1" "$python" "benchmarks/$1.py" "${folder[@]}" --json "$out/$1.json" "${@:2}"
 }
 part() {
     case $1 in
-    kernels) run kernels "$python" -m pytest -p no:cacheprovider tests/kernels -x -q ;;
-    engine) run engine "$python" -m pytest -p no:cacheprovider tests/server/test_cuda_graphs.py -q ;;
-    parity) run parity "$python" benchmarks/parity.py tests/golden --device cuda --kernels triton ;;
-    tune) run tune "$python" -m rae.server tune --out "$out/tuning.json" ;;
-    step) run step "$python" benchmarks/step.py ;;
-    ops) run ops "$python" benchmarks/ops.py --device cuda --out "$out/ops" ;;
+    first) for each in kernels engine parity tune ops; do part $each; done ;;
+    second) for each in none autoguidance profile http; do part $each; done ;;
+    third) for each in compiled step; do part $each; done ;;
+    fourth) for each in cfg xl512 start ablation deterministic training; do part $each; done ;;
+    last) for each in load kills ops-compile forward; do part $each; done ;;
+    kernels)
+        if [[ $device == cuda ]]; then tests 300 kernels tests/kernels; else
+            tests 300 kernels tests/kernels/test_adaln.py; fi
+        ;;
+    engine) tests 240 engine tests/server/test_cuda_graphs.py ;;
+    ops) ops ops --no-compile ;;
+    ops-compile) ops ops-compile ;;
+    parity | tune | training) $1 ;;
+    step) run 240 step "$python" benchmarks/step.py --device "$device" ;;
+    profile)
+        run 180 profile "$python" benchmarks/profile_step.py --device "$device" --model "$xl" \
+            --checkpoints "$checkpoints" --out "$out/profile" "${profile[@]}"
+        ;;
     forward)
-        [[ -z ${UPSTREAM:-} ]] || run forward "$python" benchmarks/forward.py "${upstream[@]}" \
-            --device cuda --batch 32 --json "$out/forward.json"
+        [[ -z ${UPSTREAM:-} ]] || run 240 forward "$python" benchmarks/forward.py "${upstream[@]}" \
+            --device "$device" --batch 32 --json "$out/forward.json"
         ;;
-    training)
-        [[ -n ${UPSTREAM:-} ]] || return 0
-        run train-parity "$python" benchmarks/train_parity.py "${upstream[@]}" --device cuda \
-            --json "$out/train-parity.json"
-        train_step 480 XL XL --batch 64 --batch 32
-        train_step 360 S S --batch 128 --batch 64 --batch 256
-        train_step 180 trials S --batch 128 --rounds 1 --variant "ours whole" \
-            --variant "ours compiled aligned" --variant "ours whole aligned"
+    http)
+        run 300 http "$python" benchmarks/over_http.py --device "$device" --model "$xl" \
+            "${http[@]}" --checkpoints "$checkpoints" --json "$out/http.json"
         ;;
-    service)
-        LIMIT=300 run over-http "$python" benchmarks/over_http.py --device cuda --model DiTDH-XL-256 \
-            --batch 32 --checkpoints "$checkpoints" --json "$out/over-http.json"
-        LIMIT=300 run load "$python" benchmarks/load.py --model "$checkpoints/DiTDH-XL-256" \
-            --seconds 30 --json "$out/load.json"
-        LIMIT=300 run kills "$python" benchmarks/kills.py --model "$checkpoints/DiTDH-XL-256" \
-            --kills 3 --json "$out/kills.json"
-        ;;
-    throughput) for each in none autoguidance start ablation cfg xl512 deterministic compiled; do part $each; done ;;
-    none | cfg) throughput 200 "$1" --guidance "$1" --part sweep ;;
-    autoguidance) throughput 300 "$1" --part sweep ;;
+    load) served load --seconds 30 ;;
+    kills) served kills --kills 3 ;;
+    none) throughput 200 none --guidance none --part sweep "${sizes[@]}" ;;
+    autoguidance | cfg) throughput 240 "$1" --guidance "$1" --part sweep "${sizes[@]}" ;;
     start) throughput 300 start --part start ;;
     ablation) throughput 400 ablation --part ablation --batch 32 ;;
-    xl512) throughput 300 xl512 --model DiTDH-XL-512 --part sweep --batch 8 --batch 1 --batch 32 ;;
+    xl512) xl=$xl512 throughput 300 xl512 --part sweep --batch 8 --batch 1 --batch 32 ;;
     deterministic) throughput 300 deterministic --guidance none --part deterministic ;;
-    compiled) throughput 500 compiled --guidance none --part compiled --batch 32 --batch 1 ;;
+    compiled) throughput 470 compiled --guidance none --part compiled --batch 32 --batch 1 ;;
     *) echo "gpu.sh: no part $1" >&2 && exit 2 ;;
     esac
 }
+sizes=()
+[[ $device == cpu ]] || for size in 32 1 8 64 2 4 16; do sizes+=(--batch $size); done
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
-for each in "${@:-kernels engine parity tune step ops forward training service throughput}"; do
+for each in "${@:-first second third fourth last}"; do
     # shellcheck disable=SC2086 # the default is a list
     for name in $each; do part "$name"; done
 done
