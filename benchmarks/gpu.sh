@@ -43,9 +43,10 @@ run() {
         return
     fi
     echo "== $name"
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || { failed=1; echo "   failed: $?"; }
+    local code=0
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || code=$? failed=1
     tail -n 3 "$out/$name.log"
-    echo "   $((SECONDS - started)) s"
+    echo "   $((SECONDS - started)) s, exit code $code"
 }
 tests() {
     local workers=()
