@@ -32,7 +32,8 @@ MakeBatches = Callable[[int], Iterator[Sequence[Batch]]]
 
 
 class Task(Protocol):
-    """What is trained. `train_step` says means over this process's samples, 0-d tensors."""
+    """What is trained. `train_step` says means over this process's samples, 0-d tensors, of what
+    the step has done, which is the same in all processes."""
 
     @property
     def learners(self) -> Mapping[str, Learner[Any]]: ...
@@ -153,13 +154,13 @@ class Trainer:
         return stop
 
     def _log(self, done: int) -> None:
-        """Means since the last time, over all processes."""
+        """Means since the last time, over all processes and the steps that have the figure."""
         metrics: dict[str, float] = {}
         if self.window:
-            names = list(self.window[-1])
-            table = torch.stack([torch.stack([row[name] for name in names]) for row in self.window])
-            means = self.world.mean(table.double().mean(0))
-            metrics = dict(zip(names, means.tolist(), strict=True))
+            names = list(dict.fromkeys(name for row in self.window for name in row))
+            rows = [[row[name] for row in self.window if name in row] for name in names]
+            means = torch.stack([torch.stack(values).double().mean() for values in rows])
+            metrics = dict(zip(names, self.world.mean(means).tolist(), strict=True))
         skipped = self.world.sum(torch.tensor(float(self.num_skipped), device=self.world.device))
         metrics["unreadable_images"] = skipped.item()
         if self.world.is_first:

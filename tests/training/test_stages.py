@@ -133,8 +133,9 @@ def test_stage_1_writes_an_rae_with_a_decoder_that_has_learnt(root: Path) -> Non
         assert torch.equal(written[name], tensor), name
     rows = log_of(root / "decoder")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert [row["grad_norm_discriminator"] > 0 for row in rows] == [False, False, True, True]
-    assert [row["adaptive_weight"] > 0 for row in rows] == [False, False, False, True]
+    assert [row.get("grad_norm_discriminator", 0) > 0 for row in rows] == [False, False, True, True]
+    assert ["accuracy" in row for row in rows] == [False, False, True, True]
+    assert ["adaptive_weight" in row for row in rows] == [False, False, False, True]
     config, _ = read_any_config(root / "decoder" / "checkpoint")
     assert (config.name, config.source) == ("decoder", "trained by `rae train decoder MAE-B-256`")
     assert config.encoder is not None

@@ -102,6 +102,21 @@ def test_a_run_that_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert lines.lines == ["finished before: all 6 steps are done"]
 
 
+def test_a_mean_is_of_the_steps_that_have_the_figure(tmp_path: Path) -> None:
+    trainer, lines = make_trainer(tmp_path, log_every=2)
+    train_step = trainer.task.train_step
+
+    def late(batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
+        later = {"accuracy": torch.tensor(step / 8)} if step >= 3 else {}
+        return {**train_step(batches, step), **later}
+
+    trainer.task.train_step = late  # type: ignore[method-assign]
+    trainer.run()
+    assert [metrics.get("accuracy") for _, metrics in lines.metrics] == [None, 3 / 8, 9 / 16]
+    assert len({tuple(metrics) for _, metrics in lines.metrics[1:]}) == 1
+    assert all(metrics["loss"] > 0 for _, metrics in lines.metrics)
+
+
 def test_accumulation_is_one_larger_batch(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
     trainer, _ = make_trainer(tmp_path, accumulate=4)
     trainer.run()
