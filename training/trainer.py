@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rae.training.batch import Batch
+from rae.training.data.unreadable import Unreadable
 from rae.training.distributed import World
 from rae.training.learner import Learner
 from rae.training.snapshots import SNAPSHOTS, Snapshots
@@ -107,7 +108,9 @@ class Trainer:
             milestones=config.milestones,
         )
         self.window: list[dict[str, Tensor]] = []
-        self.num_images = self.num_skipped = self.skipped_in_a_row = 0
+        self.num_images = self.skipped_in_a_row = 0
+        self.met: dict[int, str] = {}
+        self.unreadable = Unreadable(report.event if world.is_first else lambda text: None)
         self.stop_signal: int | None = None
 
     def run(self) -> None:
@@ -140,7 +143,8 @@ class Trainer:
             self.skipped_in_a_row = 0
             self.window.append(metrics)
         self.num_images += sum(map(len, batches)) * self.world.size
-        self.num_skipped += sum(batch.num_skipped for batch in batches)
+        for batch in batches:
+            self.met.update(batch.unreadable)
         done = step + 1
         ends = stop is not None or done == self.config.num_steps
         if done % self.config.log_every == 0 or ends:
@@ -154,18 +158,22 @@ class Trainer:
         return stop
 
     def _log(self, done: int) -> None:
-        """Means since the last time, over all processes and the steps that have the figure."""
+        """Means since the last time, over all processes and the steps that have the figure; and
+        how many images could not be read since the processes began, each counted once however
+        many epochs and processes have met it. A resumed run counts anew."""
         metrics: dict[str, float] = {}
         if self.window:
             names = list(dict.fromkeys(name for row in self.window for name in row))
             rows = [[row[name] for row in self.window if name in row] for name in names]
             means = torch.stack([torch.stack(values).double().mean() for values in rows])
             metrics = dict(zip(names, self.world.mean(means).tolist(), strict=True))
-        skipped = self.world.sum(torch.tensor(float(self.num_skipped), device=self.world.device))
-        metrics["unreadable_images"] = skipped.item()
+        for met in self.world.gather(self.met):
+            self.unreadable.add(met)
+        metrics["unreadable_images"] = len(self.unreadable)
         if self.world.is_first:
             self.report.step(done, metrics, self.num_images)
         self.window.clear()
+        self.met.clear()
         self.num_images = 0
 
     def _nonfinite(

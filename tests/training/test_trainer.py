@@ -117,6 +117,20 @@ def test_a_mean_is_of_the_steps_that_have_the_figure(tmp_path: Path) -> None:
     assert all(metrics["loss"] > 0 for _, metrics in lines.metrics)
 
 
+def test_an_image_that_cannot_be_read_is_counted_once_over_steps_and_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(start: int) -> Iterator[Sequence[Batch]]:
+        for step, (batch,) in enumerate(batches(start, ALONE, BATCH, 1), start):
+            yield [replace(batch, unreadable={7: "a: broken", step // 4: "b: broken"})]
+
+    monkeypatch.setattr(World, "gather", lambda _, met: [dict(met), {7: "a: broken"}])
+    trainer, lines = make_trainer(tmp_path, make_batches=make, log_every=2)
+    trainer.run()
+    assert [metrics["unreadable_images"] for _, metrics in lines.metrics] == [2, 2, 3]
+    assert lines.lines[1:] == ["skipped a: broken", "skipped b: broken", "skipped b: broken"]
+
+
 def test_accumulation_is_one_larger_batch(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
     trainer, _ = make_trainer(tmp_path, accumulate=4)
     trainer.run()

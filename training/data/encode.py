@@ -11,10 +11,9 @@ from dataclasses import replace
 from itertools import chain, islice
 from math import ceil
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rae.models.tensor_files import file_sha256
@@ -157,11 +156,7 @@ def views(images: Tensor, *, has_flips: bool) -> list[tuple[str, Tensor]]:
 
 def gathered(entries: dict[str, ShardEntry], world: World) -> dict[str, ShardEntry]:
     """Of all processes."""
-    if world.size == 1:
-        return entries
-    parts: list[Any] = [None] * world.size
-    dist.all_gather_object(parts, entries)
-    return {name: entry for part in parts for name, entry in cast(Any, part).items()}
+    return {name: entry for part in world.gather(entries) for name, entry in part.items()}
 
 
 def write_index(
