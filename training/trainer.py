@@ -84,7 +84,7 @@ class TrainerConfig:
 
 
 class Trainer:
-    """Runs `task` in `folder`, from its last snapshot on.
+    """Runs `task` in `folder`, from its last whole snapshot on.
 
     SIGTERM and Ctrl-C save and end the run; a second Ctrl-C ends it at once.
     """
@@ -114,9 +114,9 @@ class Trainer:
         self.stop_signal: int | None = None
 
     def run(self) -> None:
-        """To the last step. Raises StoppedError after a signal, DivergedError, ValueError for
-        another run's snapshot, and OSError where the last snapshot cannot be written."""
-        start, num_steps = self._resume(), self.config.num_steps
+        """To the last step. Raises StoppedError after a signal, DivergedError, ValueError where
+        there are snapshots and none can be read, and OSError where the last cannot be written."""
+        start, num_steps = self.snapshots.load_last(self.report.event), self.config.num_steps
         if start >= num_steps:
             self.report.event(f"finished before: all {counted(num_steps, 'step')} are done")
             return
@@ -210,15 +210,6 @@ class Trainer:
                 raise
             if self.world.is_first:
                 self.report.event(f"{error}; training goes on, the snapshots before stay")
-
-    def _resume(self) -> int:
-        """The step of the first process's last snapshot: on a shared disk others may see it later,
-        or an older one. 0 without any."""
-        steps = self.snapshots.steps() if self.world.is_first else []
-        step = int(self.world.sum(torch.tensor(max(steps, default=0), device=self.world.device)))
-        if step:
-            self.snapshots.load(step)
-        return step
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

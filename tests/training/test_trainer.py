@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from train_tiny import BATCH, Lines, batches, make_learner, make_task, weights
 
 from rae.training import snapshots
@@ -150,6 +151,63 @@ def test_a_snapshot_of_another_model_is_refused(tmp_path: Path) -> None:
     state.append(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="step-000000006 does not fit this run"):
         trainer.run()
+
+
+def cut(snapshot: Path) -> None:
+    os.truncate(next(snapshot.glob("*.distcp")), 1000)
+
+
+def hollow(snapshot: Path) -> None:
+    os.truncate(snapshot / ".metadata", 0)
+
+
+@pytest.mark.parametrize("damage", [cut, hollow])
+def test_a_run_goes_on_from_the_newest_whole_snapshot(
+    tmp_path: Path,
+    undisturbed: dict[str, Tensor],
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make_trainer(tmp_path, num_steps=4, snapshot_every=1, keep=3)[0].run()
+    folder = tmp_path / "snapshots"
+    for step in (3, 4):
+        damage(folder / f"step-00000000{step}")
+    (folder / "step-000000004.damaged").mkdir()  # of another time
+    caplog.clear()
+    trainer, lines = make_trainer(tmp_path, keep=1)
+    trainer.run()
+    for line, step in zip(lines.lines, (4, 3), strict=False):
+        name = f"step-00000000{step}"
+        assert line.startswith(f"{folder / name} does not fit this run, or is damaged: ")
+        assert line.endswith(f"; it is {name}.damaged now, and the run goes on from step 2")
+    assert lines.lines[2:] == ["start 2 of 6"]
+    assert not [r for r in caplog.records if r.exc_info]
+    names = ["step-000000003.damaged", "step-000000004.damaged", "step-000000006"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert same(weights_of(trainer), undisturbed)
+
+
+def test_a_run_without_a_whole_snapshot_does_not_start_anew(tmp_path: Path) -> None:
+    make_trainer(tmp_path, num_steps=2, snapshot_every=1)[0].run()
+    folder = tmp_path / "snapshots"
+    for snapshot in folder.iterdir():
+        cut(snapshot)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no snapshot can be read: .*-000000002 .*-000000001 "):
+            make_trainer(tmp_path)[0].run()
+
+
+def test_ctrl_c_while_a_snapshot_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_trainer(tmp_path, num_steps=2, snapshot_every=1)[0].run()
+
+    def interrupted(*args: Any) -> None:  # noqa: ANN401
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FileSystemReader, "read_metadata", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path)[0].run()
 
 
 def with_nan(steps: range) -> Callable[[int], Iterator[Sequence[Batch]]]:
@@ -291,6 +349,21 @@ def test_two_processes_are_one_with_the_double_batch(
         assert lines.lines == ["start 4 of 5"]
     finish(start(tmp_path, f"--steps={STEPS}", *flags, ranks=2))
     for strategy in ("ddp", "fsdp"):
+        assert distance(weights_in(tmp_path, strategy), undisturbed) < 1e-5
+
+
+def test_processes_go_on_from_the_same_snapshot(
+    tmp_path: Path, undisturbed: dict[str, Tensor]
+) -> None:
+    """One of them lacks its part of the last."""
+    flags = ("--snapshot-every=1", "--strategies", "ddp", "fsdp", "--micro-batch=8")
+    finish(start(tmp_path, "--steps=4", *flags, ranks=2))
+    for strategy in ("ddp", "fsdp"):
+        (tmp_path / strategy / "snapshots" / "step-000000004" / "__1_0.distcp").unlink()
+    finish(start(tmp_path, f"--steps={STEPS}", *flags, ranks=2))
+    for strategy in ("ddp", "fsdp"):
+        found = sorted(path.name for path in (tmp_path / strategy / "snapshots").iterdir())
+        assert found == ["step-000000004.damaged", "step-000000005", "step-000000006"]
         assert distance(weights_in(tmp_path, strategy), undisturbed) < 1e-5
 
 
