@@ -22,7 +22,7 @@ from rae.models.checkpoint_config import read_any_config
 from rae.models.decoder import Decoder
 from rae.models.rae import RAE
 from rae.models.tensor_files import file_sha256
-from rae.training import cli
+from rae.training import cli, stages
 from rae.training.distributed import World
 from rae.training.overrides import override
 from rae.training.run_settings import AssembleSettings, DecoderSettings, DiTSettings, RunSettings
@@ -31,7 +31,7 @@ from rae.training.stage1.decoder_recipe import DECODER_PRESETS
 from rae.training.stage2.dit_dh import DiTTask
 from rae.training.stage2.presets import DIT_PRESETS
 from rae.training.stage2.run_dit import load_averages
-from rae.training.stages import begun, is_unmeasured, run_assemble, run_decoder, run_dit
+from rae.training.stages import begun, is_unmeasured, run_assemble
 from rae.training.trainer import StoppedError
 
 NUM_IMAGES, BATCH = 16, 4
@@ -109,6 +109,15 @@ def dit_settings(root: Path, **changes: Any) -> DiTSettings:  # noqa: ANN401
         **HOW,
     )
     return replace(settings, **changes)
+
+
+def run_decoder(settings: DecoderSettings) -> None:
+    preset = DECODER_PRESETS[settings.preset]
+    stages.run_decoder(settings, override(preset, settings.changes or []))
+
+
+def run_dit(settings: DiTSettings) -> None:
+    stages.run_dit(settings, override(DIT_PRESETS[settings.preset], settings.changes or []))
 
 
 def write_statistics(path: Path, var: float) -> None:

@@ -111,7 +111,7 @@ def test_a_mean_is_of_the_steps_that_have_the_figure(tmp_path: Path) -> None:
         later = {"accuracy": torch.tensor(step / 8)} if step >= 3 else {}
         return {**train_step(batches, step), **later}
 
-    trainer.task.train_step = late  # type: ignore[method-assign]
+    trainer.task.train_step = late
     trainer.run()
     assert [metrics.get("accuracy") for _, metrics in lines.metrics] == [None, 3 / 8, 9 / 16]
     assert len({tuple(metrics) for _, metrics in lines.metrics[1:]}) == 1

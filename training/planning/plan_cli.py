@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from rae.training.console import NOTHING_WRITTEN, clear_errors
+from rae.training.overrides import override, to_assignments
 from rae.training.run_settings import (
     DECODERS,
     DITS,
@@ -16,7 +17,10 @@ from rae.training.run_settings import (
     Strategy,
     preset_argument,
 )
+from rae.training.stage1.decoder_recipe import DECODER_PRESETS, DecoderRecipe
+from rae.training.stage2.presets import DIT_PRESETS, DiTRecipe
 
+PRESETS: dict[str, DiTRecipe | DecoderRecipe] = {**DECODER_PRESETS, **DIT_PRESETS}
 PRESETS_HELP = f"Of stage 1: {', '.join(DECODERS)}. Of stage 2: {', '.join(DITS)}."
 
 
@@ -48,16 +52,15 @@ def plan_command(
     """Print steps, operations, memory and days of a run, and its command: nothing is started."""
     console = Console()
     with clear_errors(NOTHING_WRITTEN):
-        from rae.training.overrides import override, to_assignments
-        from rae.training.planning.gpus import Cluster, find_gpu
-        from rae.training.planning.plan import PRESETS, Plan, images_of
-        from rae.training.planning.plan_sheet import command, sheet, verdict
-
         recipe = override(PRESETS[preset], changes or [])
         if only_recipe:
             for line in to_assignments(recipe):
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
             return
+        from rae.training.planning.gpus import Cluster, find_gpu
+        from rae.training.planning.plan import Plan, images_of
+        from rae.training.planning.plan_sheet import command, sheet, verdict
+
         name, hardware = find_gpu(gpu)
         plan = Plan(
             recipe=recipe,
