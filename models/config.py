@@ -1,4 +1,4 @@
-"""Configurations of DiT^DH and of the RAE decoder, and the table of the published sizes.
+"""Configurations of DiT^DH, DiT and the RAE decoder, and the table of the published sizes.
 
 Sources: arXiv 2510.11690; github bytetriper/RAE, `src/stage2/models/DDT.py` and `src/stage1`.
 """
@@ -128,6 +128,46 @@ class DiTDHConfig:
             if field.name.removeprefix("head_") not in PAIRS
         }
         return {"patch_size": 1, **single, **pairs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """The plain DiT of `models/dit.py`; the fields mean what `DiTDHConfig`'s do."""
+
+    latent_channels: int = 768
+    latent_size: int = 16
+    hidden_size: int
+    depth: int
+    num_heads: int
+    num_classes: int = 1000
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    use_qknorm: bool = False
+    use_rmsnorm: bool = True
+    use_swiglu: bool = True
+
+    def __post_init__(self) -> None:
+        require_types(self, may_be_zero=("class_dropout_prob",))
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be num_heads {self.num_heads} times a "
+                "multiple of 4 (rotary pairs in two halves)"
+            )
+        if self.class_dropout_prob >= 1:
+            raise ValueError(f"class_dropout_prob {self.class_dropout_prob} is not in [0, 1)")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image's latents."""
+        return (self.latent_channels, self.latent_size, self.latent_size)
+
+    @property
+    def has_null_label(self) -> bool:
+        return self.class_dropout_prob > 0
+
+    @property
+    def null_label(self) -> int:
+        return self.num_classes
 
 
 @dataclass(frozen=True, kw_only=True)

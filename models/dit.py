@@ -6,54 +6,12 @@ and evaluated; the server serves DiT^DH.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
-from rae.models.config import require_types
+from rae.models.config import DiTConfig
 from rae.models.dit_dh import NORMAL_INIT, Block, FinalLayer
 from rae.models.embedders import LabelEmbedder, TimeEmbedder, TokenEmbedder, sincos_2d
 from rae.models.layers import Linear, RotaryEmbedding, silu
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiTConfig:
-    """The fields mean what `DiTDHConfig`'s do."""
-
-    latent_channels: int = 768
-    latent_size: int = 16
-    hidden_size: int
-    depth: int
-    num_heads: int
-    num_classes: int = 1000
-    mlp_ratio: float = 4.0
-    class_dropout_prob: float = 0.1
-    use_qknorm: bool = False
-    use_rmsnorm: bool = True
-    use_swiglu: bool = True
-
-    def __post_init__(self) -> None:
-        require_types(self, may_be_zero=("class_dropout_prob",))
-        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be num_heads {self.num_heads} times a "
-                "multiple of 4 (rotary pairs in two halves)"
-            )
-        if self.class_dropout_prob >= 1:
-            raise ValueError(f"class_dropout_prob {self.class_dropout_prob} is not in [0, 1)")
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image's latents."""
-        return (self.latent_channels, self.latent_size, self.latent_size)
-
-    @property
-    def has_null_label(self) -> bool:
-        return self.class_dropout_prob > 0
-
-    @property
-    def null_label(self) -> int:
-        return self.num_classes
 
 
 class DiT(nn.Module):

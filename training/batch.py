@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import torch
@@ -13,14 +14,19 @@ from torch import Tensor
 class Batch:
     """`positions` (B,) are places in the endless stream of samples, which all randomness follows
     from; `class_labels` (B,) int64; `images` (B, 3, S, S) uint8 or `latents` (B, C, h, w) as the
-    encoder gives them. `num_skipped` unreadable images were replaced.
+    encoder gives them. `unreadable` says which images were replaced or left out, by their number
+    in the data set, and what is wrong with them.
     """
 
     positions: Tensor
     class_labels: Tensor
     images: Tensor | None = None
     latents: Tensor | None = None
-    num_skipped: int = 0
+    unreadable: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def num_skipped(self) -> int:
+        return len(self.unreadable)
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -9,12 +9,13 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rae.models.locks import held
 from rae.training.data.tensor_writing import write_text
+from rae.training.locking import held_if_possible
 from rae.training.overrides import differences
 from rae.training.snapshots import SNAPSHOTS, steps_in
 
 RECIPE_FILE, CHECKPOINT, LOCK_FILE = "recipe.json", "checkpoint", "lock"
+UNPROTECTED = "a second training there would not be refused, and both would spoil the run"
 LEFT_BEHIND = {LOCK_FILE, "recipe.tmp"}
 """By who was killed before the recipe was there."""
 
@@ -25,7 +26,7 @@ def claimed(folder: Path, recipe: Any, data: Mapping[str, Any]) -> Iterator[None
 
     A run that has saved nothing gives way to another. Raises ValueError that names what differs
     from one that has, for a folder that holds something else, and while another process trains in
-    it; OSError where it cannot be written.
+    it, as far as its file system has locks; OSError where it cannot be written.
     """
     assert is_dataclass(recipe) and not isinstance(recipe, type)
     facts = json.loads(json.dumps({"recipe": asdict(recipe), "data": dict(data)}, default=str))
@@ -33,7 +34,10 @@ def claimed(folder: Path, recipe: Any, data: Mapping[str, Any]) -> Iterator[None
     if found - LEFT_BEHIND and RECIPE_FILE not in found:
         raise ValueError(f"{folder} is not empty, and holds no {RECIPE_FILE}: take a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as lock, held(lock, wait=False) as is_mine:
+    with (
+        (folder / LOCK_FILE).open("w") as lock,
+        held_if_possible(lock, wait=False, unprotected=UNPROTECTED) as is_mine,
+    ):
         if not is_mine:
             raise ValueError(f"another process trains in {folder}")
         if not has_saved(folder):

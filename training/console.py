@@ -30,14 +30,15 @@ def clear_errors(stopped: str = GOES_ON) -> Iterator[None]:
         typer.echo(stopped, err=True)
         raise typer.Exit(INTERRUPTED) from None
     except (RuntimeError, OSError, ImportError, ValueError) as error:
-        from rae.training.trainer import DivergedError, StoppedError
+        if isinstance(error, RuntimeError):
+            from rae.training.trainer import DivergedError, StoppedError
 
-        if isinstance(error, StoppedError):
-            line = f"Stopped by {error.signal.name}, and saved: the same command goes on."
-            typer.echo(line, err=True)
-            raise typer.Exit(128 + error.signal) from None
-        if isinstance(error, RuntimeError) and not isinstance(error, DivergedError):
-            raise
+            if isinstance(error, StoppedError):
+                line = f"Stopped by {error.signal.name}, and saved: the same command goes on."
+                typer.echo(line, err=True)
+                raise typer.Exit(128 + error.signal) from None
+            if not isinstance(error, DivergedError):
+                raise
         message = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError):
             message = f"{error.name} is missing: pip install 'rae-server[train]'"

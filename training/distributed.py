@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rae.training.run_settings import Strategy
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ class World:
     def any(self, value: bool) -> bool:
         """Whether it is true in one of them."""
         return bool(self.sum(torch.tensor(float(value), device=self.device)).item())
+
+    def gather(self, value: T) -> list[T]:
+        """That of each process, in their order; small ones, for they are pickled."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
-
-from torch import nn
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from rae.models.config import require_types
-from rae.training.distributed import Strategy, World
-from rae.training.learner import AdamWConfig, Learner
 from rae.training.lr_schedule import LRSchedule
+
+if TYPE_CHECKING:  # a recipe is refused before torch is imported
+    from torch import nn
+
+    from rae.training.distributed import Strategy, World
+    from rae.training.learner import AdamWConfig, Learner
 
 IMAGENET_IMAGES = 1_281_167
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound="nn.Module")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,8 @@ class Recipe:
 
     @property
     def adamw(self) -> AdamWConfig:
+        from rae.training.learner import AdamWConfig
+
         return AdamWConfig(
             lr=self.lr,
             betas=self.betas,
@@ -68,6 +72,8 @@ class Recipe:
         self, module: M, world: World, num_images: int, strategy: Strategy = "ddp"
     ) -> Learner[M]:
         """Of `module`, for an epoch of `num_images`. Raises ValueError as `steps` does."""
+        from rae.training.learner import Learner
+
         return Learner(
             module,
             world,

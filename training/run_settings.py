@@ -10,18 +10,14 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rae.training.overrides import suggestion
+from rae.training.stage1.decoder_recipe import DECODER_PRESETS
+from rae.training.stage2.presets import DIT_PRESETS
 
 HOW, WRITTEN, DATA = "How it runs", "What is written", "What it learns from"
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Strategy = Literal["ddp", "fsdp"]
-# Named here because the recipes themselves need torch, which takes seconds to import.
-DECODERS = ("DINOv2-B-256", "DINOv2-B-512", "SigLIP2-B-256", "MAE-B-256")
-DITS = (
-    *(f"DiTDH-{size}-{pixels}" for size in ("S", "B", "L", "XL") for pixels in (256, 512)),
-    *(f"DiT-{size}-256" for size in ("S", "B", "L", "XL")),
-    *("digits", "digits-guide"),
-)
+DECODERS, DITS = tuple(DECODER_PRESETS), tuple(DIT_PRESETS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ it. A snapshot has its name only when it is whole.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ from rae.training.learner import Learner
 SNAPSHOTS = "snapshots"
 """Their folder, in a run's."""
 NAME = re.compile(r"step-(\d{9})")
-PARTIAL = ".partial"
+PARTIAL, DAMAGED = ".partial", ".damaged"
 
 
 class Snapshots:
@@ -85,8 +86,45 @@ class Snapshots:
         for old in [s for s in self.steps() if s not in self.milestones][: -self.keep]:
             shutil.rmtree(self.path(old))
 
+    def load_last(self, tell: Callable[[str], None]) -> int:
+        """The step of the newest whole snapshot, the same in all processes; 0 where there is none.
+
+        Newer ones that cannot be read are told, and set aside under another name. Raises ValueError
+        that names all where none can be.
+        """
+        problems: dict[int, str] = {}
+        # The first process's: on a shared disk others may see the last one later.
+        for step in reversed(self.world.gather(self.steps())[0]):
+            problem = self._problem_of(step)
+            if problem is not None:
+                problems[step] = problem
+                continue
+            for damaged, text in problems.items() if self.world.is_first else ():
+                aside = self._set_aside(damaged)
+                tell(f"{text}; it is {aside.name} now, and the run goes on from step {step:,}")
+            return step
+        if problems:
+            raise ValueError(f"no snapshot can be read: {'; '.join(problems.values())}")
+        return 0
+
+    def _problem_of(self, step: int) -> str | None:
+        """What keeps a process from loading it, said in all; None where it is loaded."""
+        problem = None
+        try:
+            self.load(step)
+        except ValueError as error:
+            problem = str(error)
+        return next(filter(None, self.world.gather(problem)), None)
+
+    def _set_aside(self, step: int) -> Path:
+        """Its name is for the whole one that the run comes to again."""
+        aside = self.path(step).with_suffix(DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)
+        return self.path(step).replace(aside)
+
     def load(self, step: int) -> None:
-        """Raises ValueError where the snapshot is of other modules."""
+        """Raises ValueError where the snapshot is damaged, or of other modules; what it would have
+        filled is undefined then."""
         state = self._state(0)
         read(self.path(step), state, alone=self.world.size == 1)
         for name, learner in self.learners.items():
@@ -138,20 +176,25 @@ def read(path: Path, state: dict[str, Any], *, alone: bool) -> None:
             load(state, checkpoint_id=path, no_dist=alone)
     except CheckpointException as error:
         first, _ = next(iter(error.failures.values()))
-        raise ValueError(
-            f"{path} does not fit this run, or is damaged (without it, the run goes on from the "
-            f"one before): {first}"
-        ) from error
+        if not isinstance(first, Exception):  # Ctrl-C is no damage
+            raise first from None
+        reason = " ".join(f"{type(first).__name__}: {first}".split())
+        raise ValueError(f"{path} does not fit this run, or is damaged: {reason}") from error
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} does not fit this run: {error}") from error
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """One process alone is no accident."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
+    """One process alone is no accident, and what is damaged is said once, without tracebacks."""
+    root = logging.getLogger()  # which torch's loader writes to itself
+    was_disabled, root.disabled = root.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            yield
+    finally:
+        root.disabled = was_disabled
 
 
 def sync(folder: Path) -> None:

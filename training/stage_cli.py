@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from rae.models.command_line import takes
 from rae.training.console import NOTHING_WRITTEN, clear_errors
+from rae.training.overrides import override
 from rae.training.run_settings import AssembleSettings, DecoderSettings, DiTSettings
+from rae.training.stage1.decoder_recipe import DECODER_PRESETS
+from rae.training.stage2.presets import DIT_PRESETS
 
 
 @takes(DecoderSettings)
@@ -14,9 +17,10 @@ def decoder(settings: DecoderSettings) -> None:
     For several GPUs `rae train plan PRESET` prints the command.
     """
     with clear_errors():
+        recipe = override(DECODER_PRESETS[settings.preset], settings.changes or [])
         from rae.training.stages import run_decoder
 
-        run_decoder(settings)
+        run_decoder(settings, recipe)
 
 
 @takes(DiTSettings)
@@ -27,9 +31,10 @@ def dit(settings: DiTSettings) -> None:
     command.
     """
     with clear_errors():
+        recipe = override(DIT_PRESETS[settings.preset], settings.changes or [])
         from rae.training.stages import run_dit
 
-        run_dit(settings)
+        run_dit(settings, recipe)
 
 
 @takes(AssembleSettings)

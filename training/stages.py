@@ -30,7 +30,6 @@ from rae.training.data.samples import ImageSamples, Samples
 from rae.training.data.stats import read_statistics
 from rae.training.data.transforms import CenterCrop, RandomCrop
 from rae.training.distributed import World, joined
-from rae.training.overrides import override
 from rae.training.planning.flops import model_flops
 from rae.training.planning.gpus import world_peak_flops
 from rae.training.recipe import Recipe
@@ -38,18 +37,17 @@ from rae.training.reports.report import RunReport, Silent
 from rae.training.reports.trackers import TensorBoard, Tracker, WeightsAndBiases
 from rae.training.run_settings import AssembleSettings, DecoderSettings, DiTSettings, RunSettings
 from rae.training.stage1.build_decoder import LossFiles
-from rae.training.stage1.decoder_recipe import DECODER_PRESETS, DecoderRecipe
+from rae.training.stage1.decoder_recipe import DecoderRecipe
 from rae.training.stage1.run_decoder import train_decoder
-from rae.training.stage2.presets import DIT_PRESETS, DiTRecipe
+from rae.training.stage2.presets import DiTRecipe
 from rae.training.stage2.run_dit import load_averages, require_fit, train_dit, trained
 
 CLASS_NAMES = "class_names"
 RUN = re.compile(r"(.+?)(?:@(\d+))?")
 
 
-def run_decoder(settings: DecoderSettings) -> None:
+def run_decoder(settings: DecoderSettings, recipe: DecoderRecipe) -> None:
     with joined(settings.device) as world:
-        recipe = override(DECODER_PRESETS[settings.preset], settings.changes or [])
         source = open_dataset(settings.images)
         samples = ImageSamples(source, RandomCrop(recipe.model.image_size))
         rae, config = new_rae(recipe, settings)
@@ -66,9 +64,8 @@ def run_decoder(settings: DecoderSettings) -> None:
                 typer.echo(f"Wrote {out}; next: rae train stats, then rae train dit")
 
 
-def run_dit(settings: DiTSettings) -> None:
+def run_dit(settings: DiTSettings, recipe: DiTRecipe) -> None:
     with joined(settings.device) as world:
-        recipe = override(DIT_PRESETS[settings.preset], settings.changes or [])
         config, rae = open_rae(settings.rae, settings.statistics, settings.images is not None)
         samples, facts = open_samples(settings, recipe)
         require_encoder_of(config, samples)

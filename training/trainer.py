@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rae.training.batch import Batch
+from rae.training.data.unreadable import Unreadable
 from rae.training.distributed import World
 from rae.training.learner import Learner
 from rae.training.snapshots import SNAPSHOTS, Snapshots
@@ -32,7 +33,8 @@ MakeBatches = Callable[[int], Iterator[Sequence[Batch]]]
 
 
 class Task(Protocol):
-    """What is trained. `train_step` says means over this process's samples, 0-d tensors."""
+    """What is trained. `train_step` says means over this process's samples, 0-d tensors, of what
+    the step has done, which is the same in all processes."""
 
     @property
     def learners(self) -> Mapping[str, Learner[Any]]: ...
@@ -82,7 +84,7 @@ class TrainerConfig:
 
 
 class Trainer:
-    """Runs `task` in `folder`, from its last snapshot on.
+    """Runs `task` in `folder`, from its last whole snapshot on.
 
     SIGTERM and Ctrl-C save and end the run; a second Ctrl-C ends it at once.
     """
@@ -106,13 +108,15 @@ class Trainer:
             milestones=config.milestones,
         )
         self.window: list[dict[str, Tensor]] = []
-        self.num_images = self.num_skipped = self.skipped_in_a_row = 0
+        self.num_images = self.skipped_in_a_row = 0
+        self.met: dict[int, str] = {}
+        self.unreadable = Unreadable(report.event if world.is_first else lambda text: None)
         self.stop_signal: int | None = None
 
     def run(self) -> None:
-        """To the last step. Raises StoppedError after a signal, DivergedError, ValueError for
-        another run's snapshot, and OSError where the last snapshot cannot be written."""
-        start, num_steps = self._resume(), self.config.num_steps
+        """To the last step. Raises StoppedError after a signal, DivergedError, ValueError where
+        there are snapshots and none can be read, and OSError where the last cannot be written."""
+        start, num_steps = self.snapshots.load_last(self.report.event), self.config.num_steps
         if start >= num_steps:
             self.report.event(f"finished before: all {counted(num_steps, 'step')} are done")
             return
@@ -139,7 +143,8 @@ class Trainer:
             self.skipped_in_a_row = 0
             self.window.append(metrics)
         self.num_images += sum(map(len, batches)) * self.world.size
-        self.num_skipped += sum(batch.num_skipped for batch in batches)
+        for batch in batches:
+            self.met.update(batch.unreadable)
         done = step + 1
         ends = stop is not None or done == self.config.num_steps
         if done % self.config.log_every == 0 or ends:
@@ -153,18 +158,22 @@ class Trainer:
         return stop
 
     def _log(self, done: int) -> None:
-        """Means since the last time, over all processes."""
+        """Means since the last time, over all processes and the steps that have the figure; and
+        how many images could not be read since the processes began, each counted once however
+        many epochs and processes have met it. A resumed run counts anew."""
         metrics: dict[str, float] = {}
         if self.window:
-            names = list(self.window[-1])
-            table = torch.stack([torch.stack([row[name] for name in names]) for row in self.window])
-            means = self.world.mean(table.double().mean(0))
-            metrics = dict(zip(names, means.tolist(), strict=True))
-        skipped = self.world.sum(torch.tensor(float(self.num_skipped), device=self.world.device))
-        metrics["unreadable_images"] = skipped.item()
+            names = list(dict.fromkeys(name for row in self.window for name in row))
+            rows = [[row[name] for row in self.window if name in row] for name in names]
+            means = torch.stack([torch.stack(values).double().mean() for values in rows])
+            metrics = dict(zip(names, self.world.mean(means).tolist(), strict=True))
+        for met in self.world.gather(self.met):
+            self.unreadable.add(met)
+        metrics["unreadable_images"] = len(self.unreadable)
         if self.world.is_first:
             self.report.step(done, metrics, self.num_images)
         self.window.clear()
+        self.met.clear()
         self.num_images = 0
 
     def _nonfinite(
@@ -201,15 +210,6 @@ class Trainer:
                 raise
             if self.world.is_first:
                 self.report.event(f"{error}; training goes on, the snapshots before stay")
-
-    def _resume(self) -> int:
-        """The step of the first process's last snapshot: on a shared disk others may see it later,
-        or an older one. 0 without any."""
-        steps = self.snapshots.steps() if self.world.is_first else []
-        step = int(self.world.sum(torch.tensor(max(steps, default=0), device=self.world.device)))
-        if step:
-            self.snapshots.load(step)
-        return step
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -17,11 +17,11 @@ from rae.models.config import (
     CONFIGS,
     DECODER_CONFIGS,
     DecoderConfig,
+    DiTConfig,
     DiTDHConfig,
     EncoderConfig,
     EncoderKind,
 )
-from rae.models.dit import DiTConfig
 from rae.models.encoder import Encoder
 from rae.training.planning.flops import (
     DINO,

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rae.training.data.encode import encode_dataset
@@ -239,11 +239,47 @@ def test_other_latents_in_the_folder_are_refused(folder: Path, tmp_path: Path) -
     out = tmp_path / "latents"
     encode(folder, out)
     before = contents(out)
-    with pytest.raises(ValueError, match="00000.safetensors has dtype 'fp32', not 'fp16'"):
+    with pytest.raises(ValueError, match="index.json has dtype 'fp32', not 'fp16'"):
         encode(folder, out, dtype="fp16")
     with pytest.raises(ValueError, match=r"has encoder \{'kind': 'pool'\}, not \{'kind': 'mae'\}"):
         encode(folder, out, encoder={"kind": "mae"})
     assert contents(out) == before
+    (out / "index.json").unlink()
+    with pytest.raises(ValueError, match="00000.safetensors has dtype 'fp32', not 'fp16'"):
+        encode(folder, out, dtype="fp16")
+    save_file({"latents": torch.zeros(1)}, out / "shard-00001.safetensors")
+    with pytest.raises(ValueError, match="00001.safetensors is not one of rae's own"):
+        encode(folder, out)
+
+
+def flip_last_bit(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_what_is_damaged_or_missing_is_made_again(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, has_index: bool
+) -> None:
+    out = tmp_path / "latents"
+    encode(folder, out)
+    expected = contents(out)
+    os.truncate(out / "shard-00001.safetensors", 1000)
+    (out / "shard-00003.safetensors").unlink()
+    lost = ["shard-00001.safetensors (damaged)"]
+    if has_index:  # which knows what a run that was killed does not
+        flip_last_bit(out / "shard-00002.safetensors")
+        lost += ["shard-00002.safetensors (damaged)", "shard-00003.safetensors (missing)"]
+    else:
+        (out / "index.json").unlink()
+    kept = (out / "shard-00000.safetensors").stat().st_mtime_ns
+    caplog.clear()
+    index = encode(folder, out)
+    assert contents(out) == expected
+    assert LatentShards(out).index == index
+    assert (out / "shard-00000.safetensors").stat().st_mtime_ns == kept
+    told = [r.getMessage() for r in caplog.records if r.name == "rae.training.data.encode"]
+    assert told == [f"{out}: made again: {', '.join(lost)}"]
 
 
 def test_nothing_readable_and_values_that_do_not_fit_are_told(
@@ -264,14 +300,15 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> 
     encode(folder, tmp_path / "latents")
     path = tmp_path / "latents" / "shard-00002.safetensors"
     data = path.read_bytes()
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    flip_last_bit(path)
     shards = LatentShards(tmp_path / "latents")
     shards.verify(1)
     options: Any = {"has_flips": True, "batch_size": 2, "on_batch": lambda num: None}
     with pytest.raises(ValueError, match=r"shard-00002.safetensors has sha256"):
         measure_shards(shards, WORLD, **options)
     path.write_bytes(data[:-1])
-    with pytest.raises(ValueError, match=rf"is {len(data) - 1} bytes, index.json says {len(data)}"):
+    message = f"is {len(data) - 1} bytes, index.json says {len(data)} bytes: `rae train encode`"
+    with pytest.raises(ValueError, match=message):
         LatentShards(tmp_path / "latents")
     path.unlink()
     with pytest.raises(ValueError, match=r"shard-00002.safetensors is missing"):

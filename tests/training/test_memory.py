@@ -11,9 +11,9 @@ import torchvision
 import transformers
 from torch import Tensor, nn
 
-from rae.models.config import DecoderConfig, DiTDHConfig
+from rae.models.config import DecoderConfig, DiTConfig, DiTDHConfig
 from rae.models.decoder import Decoder
-from rae.models.dit import DiT, DiTConfig
+from rae.models.dit import DiT
 from rae.models.dit_dh import DiTDH
 from rae.training.planning.flops import ModelConfig, ViTShape, num_parameters
 from rae.training.planning.memory import (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rae.training.overrides import differences, override, to_assignments
-from rae.training.planning.plan import PRESETS
+from rae.training.planning.plan_cli import PRESETS
 from rae.training.stage2.presets import DIT_PRESETS
 
 XL = DIT_PRESETS["DiTDH-XL-256"]

@@ -23,8 +23,8 @@ from rae.training.planning.flops import (
     model_flops,
 )
 from rae.training.planning.gpus import GPUS, Cluster, find_gpu, peak_flops
-from rae.training.planning.plan import DIGITS_IMAGES, PRESETS, Plan, images_of
-from rae.training.planning.plan_cli import plan_command
+from rae.training.planning.plan import DIGITS_IMAGES, Plan, images_of
+from rae.training.planning.plan_cli import PRESETS, plan_command
 from rae.training.planning.plan_sheet import launcher
 from rae.training.recipe import IMAGENET_IMAGES
 

@@ -98,7 +98,12 @@ def invoke(*arguments: str) -> tuple[int, str]:
 def test_the_command(tmp_path: Path) -> None:
     run = write_log(tmp_path / "a", loss=[2.0, 1.0]).parent
     assert invoke(str(run)) == (0, f"Wrote {run / 'loss.png'}\n")
-    assert (run / "loss.png").stat().st_size > 1000
+    own = (run / "loss.png").read_bytes()
+    other = write_log(tmp_path / "b", loss=[1.0, 2.0]).parent
+    assert invoke(str(run), str(other)) == (0, f"Wrote {run / 'compared.png'}\n")
+    assert COLOURS[1] in colours(run / "compared.png")
+    assert (run / "loss.png").read_bytes() == own
+    assert {path.name for path in other.iterdir()} == {"log.jsonl"}
     code, text = invoke(str(run), str(tmp_path / "nothing"))
     assert code == 2 and "has no log.jsonl" in text
     empty = tmp_path / "empty"

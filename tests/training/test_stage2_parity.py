@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rae.models.config import DecoderConfig, DiTDHConfig, from_dict
-from rae.models.dit import DiT, DiTConfig
+from rae.models.config import DecoderConfig, DiTConfig, DiTDHConfig, from_dict
+from rae.models.dit import DiT
 from rae.models.dit_dh import DiTDH
 from rae.models.rae import RAE
 from rae.training.batch import Batch

@@ -25,6 +25,7 @@ from rae.training.data.image_data import ImageFolder
 from rae.training.data.samples import ImageSamples, Sample
 from rae.training.data.stream import MAX_IN_A_ROW, batches, permutation, sweep
 from rae.training.data.transforms import CenterCrop, UnreadableError
+from rae.training.data.unreadable import MAX_TOLD, Unreadable
 from rae.training.distributed import World
 from rae.training.draws import mix
 
@@ -122,29 +123,14 @@ def test_sizes_that_do_not_divide_are_refused(batch_size: int, micro_batch: int)
         take(0, Numbers(50), batch_size=batch_size, micro_batch=micro_batch, size=2)
 
 
-def test_unreadable_samples_are_replaced_by_the_next_of_the_order(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_unreadable_samples_are_replaced_by_the_next_of_the_order() -> None:
     order = permutation(5, 0, 12).tolist()
     broken = {order[2], order[3], order[11]}
-    with caplog.at_level(logging.WARNING):
-        found = take(20, Numbers(12, frozenset(broken)))
+    found = take(20, Numbers(12, frozenset(broken)))
     first = joined(found[:1])[:, 0].tolist()
     assert first == [*order[:2], order[4], order[4], *order[4:11], order[0]]
-    # The first of two that follow one another counts both.
-    assert found[0].num_skipped == 4
-    assert all(batch.num_skipped >= 3 for batch in found)
-    assert sorted(record.getMessage() for record in caplog.records) == sorted(
-        f"skipped number {index}: broken" for index in broken
-    )
-
-
-def test_what_is_logged_has_a_bound(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        found = take(100, Numbers(300, frozenset(range(0, 300, 2))))
-    assert sum(batch.num_skipped for batch in found) > 900
-    assert len(caplog.records) == 101
-    assert caplog.records[-1].getMessage() == "further unreadable images are only counted"
+    for batch in found:  # each is an epoch
+        assert batch.unreadable == {index: f"number {index}: broken" for index in broken}
 
 
 @pytest.mark.parametrize(("size", "tries"), [(3, 3), (1000, MAX_IN_A_ROW)])
@@ -177,7 +163,7 @@ def test_workers_yield_what_none_yields(folder: Path) -> None:
         assert one.images.shape == (4, 3, 16, 16) and one.images.dtype == torch.uint8
         assert torch.equal(one.class_labels, other.class_labels)
         assert torch.equal(one.positions, other.positions)
-        assert one.num_skipped == other.num_skipped
+        assert one.unreadable == other.unreadable
     assert sum(batch.num_skipped for batch in found) > 0
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -190,7 +176,22 @@ def test_a_sweep_leaves_unreadable_samples_out(caplog: pytest.LogCaptureFixture)
     assert [batch.num_skipped for batch in found] == [1, 1, 0]
     assert found[1].latents is None
     assert joined([found[0], found[2]])[:, 0].tolist() == [0, 2, 4, 5, 6, 7]
-    assert len(caplog.records) == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "skipped number 1: broken",
+        "skipped number 3: broken",
+    ]
+
+
+def test_each_unreadable_image_is_told_and_counted_once() -> None:
+    told: list[str] = []
+    unreadable = Unreadable(told.append)
+    for _ in range(2):
+        unreadable.add({7: "a.png: broken", 3: "b.png: empty"})
+    assert told == ["skipped a.png: broken", "skipped b.png: empty"]
+    unreadable.add({number: f"{number}.png: broken" for number in range(150)})
+    assert len(unreadable) == 150
+    assert len(told) == MAX_TOLD + 1
+    assert told[-1] == "further unreadable images are only counted"
 
 
 READER = """

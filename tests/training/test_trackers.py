@@ -16,7 +16,9 @@ from PIL import Image
 from rich.console import Console
 
 from rae.training.reports.display import Row
+from rae.training.reports.plots import curves
 from rae.training.reports.report import RunReport
+from rae.training.reports.run_log import read_log
 from rae.training.reports.trackers import TensorBoard, Tracker, WeightsAndBiases
 
 
@@ -40,6 +42,23 @@ def test_tensorboard_reads_what_was_written_and_forgets_what_comes_again(tmp_pat
     (image,) = found.Images("samples")
     with Image.open(io.BytesIO(image.encoded_image_string)) as picture:
         assert picture.size == (3, 2) and picture.getpixel((0, 0)) == (4, 4, 4)
+
+
+def test_figures_that_begin_late_are_not_0_before(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    console = Console(file=io.StringIO(), width=200)
+    report = RunReport(tmp_path, trackers=[TensorBoard(tmp_path / "board")], console=console)
+    report.start(0, 3)
+    report.step(1, {"unreadable_images": 0.0}, 1)  # a step that was left out has no loss, either
+    report.step(2, {"loss": 3.0}, 1)
+    report.step(3, {"loss": 2.0, "accuracy": 0.25}, 1)
+    report.close()
+    found = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [(event.step, event.value) for event in found.Scalars("accuracy")] == [(3, 0.25)]
+    assert ["accuracy" in row for row in read_log(tmp_path / "log.jsonl")] == [False, False, True]
+    assert curves(tmp_path / "log.jsonl")["accuracy"][0].tolist() == [3]
+    assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
 class StandInRun:

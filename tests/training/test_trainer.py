@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from train_tiny import BATCH, Lines, batches, make_learner, make_task, weights
 
 from rae.training import snapshots
@@ -102,6 +103,35 @@ def test_a_run_that_is_done_is_not_done_again(tmp_path: Path) -> None:
     assert lines.lines == ["finished before: all 6 steps are done"]
 
 
+def test_a_mean_is_of_the_steps_that_have_the_figure(tmp_path: Path) -> None:
+    trainer, lines = make_trainer(tmp_path, log_every=2)
+    train_step = trainer.task.train_step
+
+    def late(batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
+        later = {"accuracy": torch.tensor(step / 8)} if step >= 3 else {}
+        return {**train_step(batches, step), **later}
+
+    trainer.task.train_step = late
+    trainer.run()
+    assert [metrics.get("accuracy") for _, metrics in lines.metrics] == [None, 3 / 8, 9 / 16]
+    assert len({tuple(metrics) for _, metrics in lines.metrics[1:]}) == 1
+    assert all(metrics["loss"] > 0 for _, metrics in lines.metrics)
+
+
+def test_an_image_that_cannot_be_read_is_counted_once_over_steps_and_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(start: int) -> Iterator[Sequence[Batch]]:
+        for step, (batch,) in enumerate(batches(start, ALONE, BATCH, 1), start):
+            yield [replace(batch, unreadable={7: "a: broken", step // 4: "b: broken"})]
+
+    monkeypatch.setattr(World, "gather", lambda _, met: [dict(met), {7: "a: broken"}])
+    trainer, lines = make_trainer(tmp_path, make_batches=make, log_every=2)
+    trainer.run()
+    assert [metrics["unreadable_images"] for _, metrics in lines.metrics] == [2, 2, 3]
+    assert lines.lines[1:] == ["skipped a: broken", "skipped b: broken", "skipped b: broken"]
+
+
 def test_accumulation_is_one_larger_batch(tmp_path: Path, undisturbed: dict[str, Tensor]) -> None:
     trainer, _ = make_trainer(tmp_path, accumulate=4)
     trainer.run()
@@ -121,6 +151,63 @@ def test_a_snapshot_of_another_model_is_refused(tmp_path: Path) -> None:
     state.append(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="step-000000006 does not fit this run"):
         trainer.run()
+
+
+def cut(snapshot: Path) -> None:
+    os.truncate(next(snapshot.glob("*.distcp")), 1000)
+
+
+def hollow(snapshot: Path) -> None:
+    os.truncate(snapshot / ".metadata", 0)
+
+
+@pytest.mark.parametrize("damage", [cut, hollow])
+def test_a_run_goes_on_from_the_newest_whole_snapshot(
+    tmp_path: Path,
+    undisturbed: dict[str, Tensor],
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make_trainer(tmp_path, num_steps=4, snapshot_every=1, keep=3)[0].run()
+    folder = tmp_path / "snapshots"
+    for step in (3, 4):
+        damage(folder / f"step-00000000{step}")
+    (folder / "step-000000004.damaged").mkdir()  # of another time
+    caplog.clear()
+    trainer, lines = make_trainer(tmp_path, keep=1)
+    trainer.run()
+    for line, step in zip(lines.lines, (4, 3), strict=False):
+        name = f"step-00000000{step}"
+        assert line.startswith(f"{folder / name} does not fit this run, or is damaged: ")
+        assert line.endswith(f"; it is {name}.damaged now, and the run goes on from step 2")
+    assert lines.lines[2:] == ["start 2 of 6"]
+    assert not [r for r in caplog.records if r.exc_info]
+    names = ["step-000000003.damaged", "step-000000004.damaged", "step-000000006"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert same(weights_of(trainer), undisturbed)
+
+
+def test_a_run_without_a_whole_snapshot_does_not_start_anew(tmp_path: Path) -> None:
+    make_trainer(tmp_path, num_steps=2, snapshot_every=1)[0].run()
+    folder = tmp_path / "snapshots"
+    for snapshot in folder.iterdir():
+        cut(snapshot)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no snapshot can be read: .*-000000002 .*-000000001 "):
+            make_trainer(tmp_path)[0].run()
+
+
+def test_ctrl_c_while_a_snapshot_is_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_trainer(tmp_path, num_steps=2, snapshot_every=1)[0].run()
+
+    def interrupted(*args: Any) -> None:  # noqa: ANN401
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FileSystemReader, "read_metadata", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tmp_path)[0].run()
 
 
 def with_nan(steps: range) -> Callable[[int], Iterator[Sequence[Batch]]]:
@@ -262,6 +349,21 @@ def test_two_processes_are_one_with_the_double_batch(
         assert lines.lines == ["start 4 of 5"]
     finish(start(tmp_path, f"--steps={STEPS}", *flags, ranks=2))
     for strategy in ("ddp", "fsdp"):
+        assert distance(weights_in(tmp_path, strategy), undisturbed) < 1e-5
+
+
+def test_processes_go_on_from_the_same_snapshot(
+    tmp_path: Path, undisturbed: dict[str, Tensor]
+) -> None:
+    """One of them lacks its part of the last."""
+    flags = ("--snapshot-every=1", "--strategies", "ddp", "fsdp", "--micro-batch=8")
+    finish(start(tmp_path, "--steps=4", *flags, ranks=2))
+    for strategy in ("ddp", "fsdp"):
+        (tmp_path / strategy / "snapshots" / "step-000000004" / "__1_0.distcp").unlink()
+    finish(start(tmp_path, f"--steps={STEPS}", *flags, ranks=2))
+    for strategy in ("ddp", "fsdp"):
+        found = sorted(path.name for path in (tmp_path / strategy / "snapshots").iterdir())
+        assert found == ["step-000000004.damaged", "step-000000005", "step-000000006"]
         assert distance(weights_in(tmp_path, strategy), undisturbed) < 1e-5
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from rae.training.console import NOTHING_WRITTEN, clear_errors, progress, require_new
+from rae.training.console import NOTHING_WRITTEN, Track, clear_errors, progress, require_new
 
 if TYPE_CHECKING:
     from rae.training.data.image_encoder import ImageEncoder
+    from rae.training.data.latent_stats import MeasuredLatents
     from rae.training.data.samples import ImageSamples
+    from rae.training.distributed import World
 
+Opened: TypeAlias = "tuple[ImageSamples, ImageEncoder, dict[str, Any]]"
 IMAGES = "A folder of class folders or images, or .tar shards: a folder, a glob."
 Encoder = Annotated[
     Path, typer.Option(help="A transformers folder, or a checkpoint folder with an encoder.")
@@ -107,8 +110,6 @@ def stats(
 ) -> None:
     """Exact mean and variance, in fp32, of the encoder's latents over a data set."""
     with clear_errors(NOTHING_WRITTEN):
-        from rae.training.data.latent_shards import LatentShards
-        from rae.training.data.latent_stats import measure_images, measure_shards
         from rae.training.data.stats import write_statistics
         from rae.training.distributed import joined
         from rae.training.precision import set_matmul_precision
@@ -121,29 +122,13 @@ def stats(
             if latents is not None:
                 if encoder is not None or size is not None:
                     raise ValueError("--encoder, --size: latents were encoded with theirs")
-                shards = LatentShards(latents)
-                facts = shards.index.facts
-                measured = measure_shards(
-                    shards,
-                    world,
-                    has_flips=flips,
-                    batch_size=batch_size,
-                    on_batch=track("stats", len(shards)),
-                )
+                measured, facts = of_latents(latents, flips, batch_size, world, track)
             else:
                 assert images is not None
                 if encoder is None:
                     raise ValueError("--encoder is needed for --images")
-                samples, module, facts = opened(images, encoder, size, cache)
-                measured = measure_images(
-                    samples,
-                    module.to(world.device),
-                    world,
-                    has_flips=flips,
-                    batch_size=batch_size,
-                    num_workers=num_workers,
-                    on_batch=track("stats", len(samples)),
-                )
+                source = opened(images, encoder, size, cache)
+                measured, facts = of_images(source, flips, batch_size, num_workers, world, track)
         if world.is_first:
             out.parent.mkdir(parents=True, exist_ok=True)
             facts = {**facts, "has_flips": flips, "num_skipped": measured.num_skipped}
@@ -153,9 +138,46 @@ def stats(
             typer.echo(f"sha256 {sha256}")
 
 
-def opened(
-    images: str, encoder: Path, size: int | None, cache: Path | None
-) -> tuple[ImageSamples, ImageEncoder, dict[str, Any]]:
+def of_latents(
+    folder: Path, has_flips: bool, batch_size: int, world: World, track: Track
+) -> tuple[MeasuredLatents, dict[str, Any]]:
+    """And what tells them from others."""
+    from rae.training.data.latent_shards import LatentShards
+    from rae.training.data.latent_stats import measure_shards
+
+    shards = LatentShards(folder)
+    advance = track("stats", len(shards))
+    measured = measure_shards(
+        shards, world, has_flips=has_flips, batch_size=batch_size, on_batch=advance
+    )
+    return measured, shards.index.facts
+
+
+def of_images(
+    source: Opened,
+    has_flips: bool,
+    batch_size: int,
+    num_workers: int,
+    world: World,
+    track: Track,
+) -> tuple[MeasuredLatents, dict[str, Any]]:
+    """As `of_latents`."""
+    from rae.training.data.latent_stats import measure_images
+
+    samples, module, facts = source
+    measured = measure_images(
+        samples,
+        module.to(world.device),
+        world,
+        has_flips=has_flips,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        on_batch=track("stats", len(samples)),
+    )
+    return measured, facts
+
+
+def opened(images: str, encoder: Path, size: int | None, cache: Path | None) -> Opened:
     """Images without random parts, the encoder, and what tells their latents from others."""
     from rae.training.data.image_data import fingerprint, open_dataset
     from rae.training.data.image_encoder import load_image_encoder

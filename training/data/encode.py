@@ -1,20 +1,22 @@
 """Run the frozen encoder once over a data set, and keep its latents (`LatentShards`).
 
 A shard is a range of the images' numbers, so what is in it depends on no process and no earlier
-run: a run that was killed goes on with the shards that are not there yet.
+run: a run that was killed goes on with the shards that are not there yet, and one that was whole
+makes again what has been lost or damaged since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, islice
 from math import ceil
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rae.models.tensor_files import file_sha256
@@ -23,8 +25,10 @@ from rae.training.data.image_encoder import ImageEncoder
 from rae.training.data.latent_shards import INDEX_FILE, LatentIndex, ShardEntry
 from rae.training.data.samples import Samples
 from rae.training.data.stream import sweep
-from rae.training.data.tensor_writing import read_facts, write_whole
+from rae.training.data.tensor_writing import DamagedError, read_facts, write_whole
 from rae.training.distributed import World
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,22 +47,29 @@ def encode_dataset(
     num_workers: int,
     on_batch: OnBatch,
 ) -> LatentIndex:
-    """Write the shards of `index` that are not in `out` yet, then index.json; returns it whole.
+    """Write the shards of `index` that are not whole in `out`, then index.json; returns it whole.
 
+    All bytes that are there are hashed: that is limited by the disk, and takes a small part of
+    what encoding them took. A run that did not end has left no hashes, but whole files alone.
     `samples` yield images without random parts. `on_batch` gets the number of images that are
     done, in this process. Raises ValueError for a folder of other latents and for data of which
     nothing is readable, OSError for a full disk: the shards that are there stay.
     """
     out.mkdir(parents=True, exist_ok=True)
     world.barrier()
-    whole = finished(out, index)
-    world.barrier()  # until here nobody writes: all have found the same
-    names = shard_names(index)
-    if len(whole) == len(names) and (out / INDEX_FILE).is_file():
+    recorded, names = recorded_shards(out, index), shard_names(index)
+    found: dict[str, ShardEntry] = {}
+    for name in share(names, world):
+        entry = whole_shard(out / name, recorded.get(name))
+        if entry is not None:
+            found[name] = entry
+            on_batch(entry.num_rows + entry.num_skipped)
+    entries = gathered(found, world)  # until here nobody writes: all have found the same
+    todo = [number for number, name in enumerate(names) if name not in entries]
+    if recorded and not todo:
         return LatentIndex.read(out)
-    entries = {name: hashed(out / name) for name in share(sorted(whole), world)}
-    on_batch(sum(entry.num_rows for entry in entries.values()))
-    todo = [number for number, name in enumerate(names) if name not in whole]
+    if world.is_first:
+        warn_of_losses(out, [names[number] for number in todo], recorded)
     own = share(todo, world)
     chunks = [batched(shard_indices(index, number), batch_size) for number in own]
     batches = sweep(
@@ -95,26 +106,56 @@ def shard_indices(index: LatentIndex, number: int) -> range:
     return range(start, min(start + index.shard_size, index.num_images))
 
 
-def finished(out: Path, index: LatentIndex) -> set[str]:
-    """Names of the shards that an earlier run wrote. Raises ValueError for another run's."""
-    wanted = index.facts
+def recorded_shards(out: Path, index: LatentIndex) -> dict[str, ShardEntry]:
+    """Those of index.json, none without it. Raises ValueError where `out` has other latents."""
+    shards: tuple[ShardEntry, ...] = ()
+    if (out / INDEX_FILE).is_file():
+        earlier = LatentIndex.read(out)
+        require_same(out / INDEX_FILE, earlier.facts, index)
+        shards = earlier.shards
+    recorded = {entry.file: entry for entry in shards}
     for path in sorted(out.glob("shard-*.safetensors")):
+        if path.name not in recorded:
+            with suppress(DamagedError):
+                require_same(path, read_facts(path), index)
+    return recorded
+
+
+def require_same(path: Path, facts: Mapping[str, Any], index: LatentIndex) -> None:
+    for key, value in index.facts.items():
+        if facts.get(key) != value:
+            raise ValueError(
+                f"{path} has {key} {facts.get(key)!r}, not {value!r}: give another folder, or "
+                "remove it"
+            )
+
+
+def whole_shard(path: Path, recorded: ShardEntry | None) -> ShardEntry | None:
+    """What lies there; None for nothing, and for what is not as it was recorded, or, where nothing
+    was, not as long as its header says."""
+    if not path.is_file():
+        return None
+    if recorded is not None:
+        is_same = path.stat().st_size == recorded.num_bytes and file_sha256(path) == recorded.sha256
+        return recorded if is_same else None
+    try:
         facts = read_facts(path)
-        for key, value in wanted.items():
-            if facts.get(key) != value:
-                raise ValueError(
-                    f"{path} has {key} {facts.get(key)!r}, not {value!r}: give another folder, or "
-                    "remove it"
-                )
-    return {name for name in shard_names(index) if (out / name).is_file()}
-
-
-def hashed(path: Path) -> ShardEntry:
-    """Of a shard of an earlier run."""
-    facts = read_facts(path)
+    except DamagedError:
+        return None
     return ShardEntry(
         path.name, facts["num_rows"], facts["num_skipped"], path.stat().st_size, file_sha256(path)
     )
+
+
+def warn_of_losses(out: Path, names: Sequence[str], recorded: Mapping[str, ShardEntry]) -> None:
+    """Of these shards; those that no run has written yet are no loss."""
+    lost = [
+        f"{name} ({'damaged' if (out / name).exists() else 'missing'})"
+        for name in names
+        if name in recorded or (out / name).exists()
+    ]
+    if lost:
+        logger.warning("%s: made again: %s", out, ", ".join(lost))
 
 
 def write_shard(
@@ -157,11 +198,7 @@ def views(images: Tensor, *, has_flips: bool) -> list[tuple[str, Tensor]]:
 
 def gathered(entries: dict[str, ShardEntry], world: World) -> dict[str, ShardEntry]:
     """Of all processes."""
-    if world.size == 1:
-        return entries
-    parts: list[Any] = [None] * world.size
-    dist.all_gather_object(parts, entries)
-    return {name: entry for part in parts for name, entry in cast(Any, part).items()}
+    return {name: entry for part in world.gather(entries) for name, entry in part.items()}
 
 
 def write_index(

@@ -25,6 +25,7 @@ from rae.training.data.transforms import is_flipped
 
 INDEX_FILE = "index.json"
 FORMAT_VERSION = 1
+MEND = "`rae train encode`, as it was called, makes it again"
 
 
 class ShardEntry(NamedTuple):
@@ -103,7 +104,9 @@ class LatentShards:
             size = path.stat().st_size if path.is_file() else None
             if size != entry.num_bytes:
                 found = "missing" if size is None else f"{size} bytes"
-                raise ValueError(f"{path} is {found}, {INDEX_FILE} says {entry.num_bytes} bytes")
+                raise ValueError(
+                    f"{path} is {found}, {INDEX_FILE} says {entry.num_bytes} bytes: {MEND}"
+                )
 
     @property
     def field(self) -> Literal["latents"]:
@@ -145,7 +148,9 @@ class LatentShards:
         path = self.folder / entry.file
         sha256 = file_sha256(path)
         if sha256 != entry.sha256:
-            raise ValueError(f"{path} has sha256 {sha256}, {INDEX_FILE} says {entry.sha256}")
+            raise ValueError(
+                f"{path} has sha256 {sha256}, {INDEX_FILE} says {entry.sha256}: {MEND}"
+            )
 
     def _place(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, index, side="right"))

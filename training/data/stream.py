@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ref
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from rae.training.batch import Batch
 from rae.training.data.samples import Sample, Samples
 from rae.training.data.transforms import UnreadableError
+from rae.training.data.unreadable import Unreadable
 from rae.training.draws import generator
 
 if TYPE_CHECKING:  # its imports would take a second of each worker
@@ -34,19 +35,8 @@ logger = logging.getLogger(__name__)
 
 ORDER = 100  # a purpose of draws
 MAX_IN_A_ROW = 100  # by chance, in an order that is random, one data set in 2^100 of half wrecks
-MAX_LOGGED = 100
 
 T = TypeVar("T")
-
-
-class Problem(NamedTuple):
-    name: str
-    reason: str
-
-
-class Loaded(NamedTuple):
-    batch: Batch
-    problems: list[Problem]
 
 
 def batches(
@@ -89,9 +79,12 @@ def sweep(
 ) -> Iterator[Batch]:
     """A batch for each of `chunks`, lists of samples' numbers, which become its positions.
 
-    Unreadable ones are left out: a batch of none has neither images nor latents.
+    Unreadable ones are logged and left out: a batch of none has neither images nor latents.
     """
-    return load(_Sweep(samples), chunks, num_workers, 4, pin_memory=pin_memory)
+    unreadable = Unreadable(logger.warning)
+    for batch in load(_Sweep(samples), chunks, num_workers, 4, pin_memory=pin_memory):
+        unreadable.add(batch.unreadable)
+        yield batch
 
 
 @lru_cache(maxsize=2)  # a batch may be of two epochs
@@ -104,57 +97,55 @@ class _Stream(Dataset[Any]):
     samples: Samples
     seed: int
 
-    def __getitem__(self, positions: list[int]) -> Loaded | ValueError:
-        problems: list[Problem] = []
+    def __getitem__(self, positions: list[int]) -> Batch | ValueError:
+        unreadable: dict[int, str] = {}
         try:
             return collate(
                 self.samples.field,
-                {position: self.read(position, problems) for position in positions},
-                problems,
+                {position: self.read(position, unreadable) for position in positions},
+                unreadable,
             )
         except ValueError as error:  # a worker's exception would come with its traceback
             return error
 
-    def read(self, position: int, problems: list[Problem]) -> Sample:
+    def read(self, position: int, unreadable: dict[int, str]) -> Sample:
         size = len(self.samples)
         epoch, place = divmod(position, size)
         order = permutation(self.seed, epoch, size)
-        tries = min(size, MAX_IN_A_ROW)
+        tries, last = min(size, MAX_IN_A_ROW), ""
         for index in (int(order[(place + step) % size]) for step in range(tries)):
             try:
                 return self.samples.load(index, self.seed, position)
             except UnreadableError as error:
-                problems.append(Problem(self.samples.name(index), str(error)))
-        name, reason = problems[-1]
-        raise ValueError(f"{tries} images in a row cannot be read, the last is {name}: {reason}")
+                last = unreadable[index] = f"{self.samples.name(index)}: {error}"
+        raise ValueError(f"{tries} images in a row cannot be read, the last is {last}")
 
 
 @dataclass(frozen=True)
 class _Sweep(Dataset[Any]):
     samples: Samples
 
-    def __getitem__(self, indices: Sequence[int]) -> Loaded | ValueError:
-        problems: list[Problem] = []
+    def __getitem__(self, indices: Sequence[int]) -> Batch | ValueError:
+        unreadable: dict[int, str] = {}
         found: dict[int, Sample] = {}
         for index in indices:
             try:
                 found[index] = self.samples.load(index, 0, index)
             except UnreadableError as error:
-                problems.append(Problem(self.samples.name(index), str(error)))
+                unreadable[index] = f"{self.samples.name(index)}: {error}"
             except ValueError as error:
                 return error
-        return collate(self.samples.field, found, problems)
+        return collate(self.samples.field, found, unreadable)
 
 
-def collate(field: str, samples: dict[int, Sample], problems: list[Problem]) -> Loaded:
+def collate(field: str, samples: dict[int, Sample], unreadable: dict[int, str]) -> Batch:
     values = {field: torch.stack([sample.value for sample in samples.values()])} if samples else {}
-    batch = Batch(
+    return Batch(
         positions=torch.tensor(list(samples), dtype=torch.int64),
         class_labels=torch.tensor([s.class_label for s in samples.values()], dtype=torch.int64),
-        num_skipped=len(problems),
+        unreadable=unreadable,
         **values,
     )
-    return Loaded(batch, problems)
 
 
 def load(
@@ -184,7 +175,7 @@ def load(
         generator=torch.Generator(),  # the global one is left alone
         **(workers if num_workers else {}),
     )
-    found = _logged(loader)
+    found = _batches(loader)
     # An error's traceback may hold this to the end, and Python would wait for workers that ignore
     # its SIGTERM. Whatever was registered last is called first: before torch sees the end coming.
     atexit.register(_close, ref(found))
@@ -197,18 +188,11 @@ def _close(found: ref[Generator[Batch]]) -> None:
         batches.close()
 
 
-def _logged(loader: Iterable[Loaded | ValueError]) -> Generator[Batch]:
-    names: set[str] = set()
+def _batches(loader: Iterable[Batch | ValueError]) -> Generator[Batch]:
     for loaded in loader:
         if isinstance(loaded, ValueError):
             raise loaded
-        for name, reason in loaded.problems:
-            if name not in names and len(names) < MAX_LOGGED:
-                names.add(name)
-                logger.warning("skipped %s: %s", name, reason)
-                if len(names) == MAX_LOGGED:
-                    logger.warning("further unreadable images are only counted")
-        yield loaded.batch
+        yield loaded
 
 
 def _as_it_is(loaded: T) -> T:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rae.models.cache import cache_folder
-from rae.models.locks import held
+from rae.training.locking import held_if_possible
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +78,16 @@ def load_index(shards: Sequence[Path], cache: Path) -> dict[str, np.ndarray]:
     name = hashlib.sha256("\0".join(map(str, shards)).encode(errors="replace")).hexdigest()[:16]
     path = cache / f"tar-index-{name}.npz"
     # One process of a machine makes it, the others wait.
-    with path.with_suffix(".lock").open("w") as lock, held(lock, wait=True):
+    unprotected = "each process that finds no index makes one, and the last one's stays"
+    with (
+        path.with_suffix(".lock").open("w") as lock,
+        held_if_possible(lock, wait=True, unprotected=unprotected),
+    ):
         index = read_index(path, state)
         if index is None:
             logger.info("indexing %d tar files into %s", len(shards), path)
             index = {"state": state, **make_index(shards)}
-            partial = path.with_suffix(".tmp")
+            partial = path.with_suffix(f".{os.getpid()}.tmp")
             with partial.open("wb") as file:
                 np.savez(file, **index)  # type: ignore[arg-type]
             partial.replace(path)

@@ -16,6 +16,10 @@ from torch import Tensor
 KEY = "facts"  # one key: the order of several is not always the same
 
 
+class DamagedError(ValueError):
+    """A file that is no whole safetensors file."""
+
+
 def write_whole(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
     """Write and name the file when it is on the disk; returns its sha256.
 
@@ -46,11 +50,14 @@ def write_whole(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, A
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that `write_whole` did not write, OSError for none."""
+    """Raises DamagedError, ValueError for a file that `write_whole` did not write, OSError for
+    none."""
     try:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {})[KEY])
-    except (SafetensorError, KeyError) as error:
+    except SafetensorError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
+    except KeyError as error:
         raise ValueError(f"{path} is not one of rae's own files of latents: {error}") from error
 
 

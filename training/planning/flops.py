@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from rae.models.config import DecoderConfig, DiTDHConfig, EncoderConfig, EncoderKind
+from rae.models.config import DecoderConfig, DiTConfig, DiTDHConfig, EncoderConfig, EncoderKind
 from rae.models.decoder import Decoder
-from rae.models.dit import DiT, DiTConfig
+from rae.models.dit import DiT
 from rae.models.dit_dh import DiTDH
 
 ModelConfig = DiTDHConfig | DiTConfig | DecoderConfig

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rae.models.config import DecoderConfig, DiTDHConfig
-from rae.models.dit import DiTConfig
+from rae.models.config import DecoderConfig, DiTConfig, DiTDHConfig
 from rae.training.distributed import Strategy
 from rae.training.planning.flops import VGG16, ModelConfig, ViTShape, mlp_hidden
 from rae.training.precision import Precision

@@ -22,13 +22,12 @@ from rae.training.planning.flops import (
 from rae.training.planning.gpus import Cluster
 from rae.training.planning.memory import FP32, StateMemory, activation_bytes, state_memory
 from rae.training.recipe import IMAGENET_IMAGES
-from rae.training.stage1.decoder_recipe import DECODER_PRESETS, DecoderRecipe
-from rae.training.stage2.presets import DIT_PRESETS, DiTRecipe
+from rae.training.stage1.decoder_recipe import DecoderRecipe
+from rae.training.stage2.presets import DiTRecipe
 from rae.training.wording import counted
 
 Recipe = DiTRecipe | DecoderRecipe
 
-PRESETS: dict[str, Recipe] = {**DECODER_PRESETS, **DIT_PRESETS}
 DIGITS_IMAGES = 25_500
 """What `rae train digits` writes: 1,500 scans and 16 moved copies of each."""
 

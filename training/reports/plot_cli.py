@@ -8,11 +8,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+COMPARED_FILE = "compared.png"
+
 
 def plot_command(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.")],
     out: Annotated[
-        Path | None, typer.Option(help="A PNG; else loss.png, in the folder of a single run.")
+        Path | None,
+        typer.Option(
+            help="A PNG.", show_default="loss.png, of several runs compared.png, in the first"
+        ),
     ] = None,
 ) -> None:
     """Draw loss, learning rate, speed and whatever else the runs' logs have."""
@@ -24,7 +29,7 @@ def plot_command(
     for log in logs:
         if not log.is_file():
             raise typer.BadParameter(f"{log.parent} has no {LOG_FILE}", param_hint="RUNS")
-    target = out or (runs[0] / PLOT_FILE if len(runs) == 1 else Path(PLOT_FILE))
+    target = out or runs[0] / (PLOT_FILE if len(runs) == 1 else COMPARED_FILE)
     console = Console()
     try:
         draw_runs(logs, target)

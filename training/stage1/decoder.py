@@ -32,10 +32,6 @@ from rae.training.stage1.discriminator import DiscriminatorHeads
 from rae.training.stage1.features import FeatureMaps
 from rae.training.stage1.perceptual import PerceptualLoss
 
-HEADS_METRICS = (
-    *("discriminator", "logits_real", "logits_fake", "accuracy"),
-    *("lr_discriminator", "grad_norm_discriminator"),
-)
 # Purposes of random numbers, apart from each other and from those of data and of stage 2.
 NOISE, AUGMENT_GENERATED, AUGMENT_FAKE, AUGMENT_REAL = 11, 12, 13, 14
 
@@ -116,7 +112,8 @@ class DecoderTask:
             self.learners = {**self.learners, "discriminator": adversary.heads}
 
     def train_step(self, batches: Sequence[Batch], step: int) -> dict[str, Tensor]:
-        """One update of the decoder, and one of the discriminator from its start on.
+        """One update of the decoder, and one of the discriminator from its start on. A term that
+        has not started has no figures.
 
         Raises ValueError for batches without images.
         """
@@ -132,9 +129,8 @@ class DecoderTask:
         )
         metrics["lr"] = metrics["loss"].new_tensor(self.decoder.lr)
         metrics["grad_norm"] = self.decoder.update()
-        if self.adversary is not None:
-            trains = step >= self.objective.discriminator_start
-            metrics |= self._train_heads(self.adversary, samples if trains else [])
+        if self.adversary is not None and step >= self.objective.discriminator_start:
+            metrics |= self._train_heads(self.adversary, samples)
         return metrics
 
     @torch.no_grad()
@@ -172,11 +168,12 @@ class DecoderTask:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The terms, and the gradient of their sum by the images `rebuilt`."""
         objective, images = self.objective, rebuilt.detach().requires_grad_()
-        l1 = (images - sample.images).abs().mean()
-        perceptual = adversarial = weight = l1.new_zeros(())
+        loss = l1 = (images - sample.images).abs().mean()
+        terms = {"l1": l1}
         if self.perceptual is not None and step >= objective.perceptual_start:
             perceptual = self.perceptual(2 * images - 1, 2 * sample.images - 1).float()
-        loss = l1 + objective.perceptual_weight * perceptual
+            loss = loss + objective.perceptual_weight * perceptual
+            terms["perceptual"] = perceptual
         (gradient,) = torch.autograd.grad(loss, images)
         if self.adversary is not None and step >= objective.adversarial_start:
             adversarial = generator_loss(self._logits(self.adversary, images, sample.positions))
@@ -184,10 +181,8 @@ class DecoderTask:
             weight = self._adaptive_weight(gradient, push, inputs)
             gradient = gradient + objective.adversarial_weight * weight * push
             loss = loss + objective.adversarial_weight * weight * adversarial
-        metrics = {"loss": loss, "l1": l1, "perceptual": perceptual}
-        if self.adversary is not None:
-            metrics |= {"adversarial": adversarial, "adaptive_weight": weight}
-        return {name: value.detach() for name, value in metrics.items()}, gradient
+            terms |= {"adversarial": adversarial, "adaptive_weight": weight}
+        return {name: x.detach() for name, x in {"loss": loss, **terms}.items()}, gradient
 
     def _logits(self, adversary: Adversary, images: Tensor, positions: Tensor) -> Tensor:
         heads = adversary.heads.module.eval()
@@ -203,7 +198,7 @@ class DecoderTask:
         return adaptive_weight(*self.world.mean(torch.stack(gradients)))
 
     def _train_heads(self, adversary: Adversary, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Update the heads on `samples`; without any, zeros."""
+        """Update the heads on `samples`."""
         learner = adversary.heads
         lr = torch.tensor(learner.lr, device=self.world.device)
         rows = []
@@ -228,8 +223,6 @@ class DecoderTask:
                     "accuracy": accuracy,
                 }
             )
-        if not rows:
-            return dict.fromkeys(HEADS_METRICS, torch.zeros_like(lr))
         norm = learner.update()
         return {**means(rows), "lr_discriminator": lr, "grad_norm_discriminator": norm}
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rae.models.config import CONFIGS, DiTDHConfig
-from rae.models.dit import DiTConfig
-from rae.models.sampling import default_shift
+from rae.models.config import CONFIGS, DiTConfig, DiTDHConfig
 from rae.training.recipe import Recipe
 
 
@@ -38,6 +36,8 @@ class DiTRecipe(Recipe):
 
     @property
     def time_shift(self) -> float:
+        from rae.models.sampling import default_shift
+
         return default_shift(self.model.latent_shape) if self.shift is None else self.shift
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rae.models.config import DiTDHConfig, from_dict
-from rae.models.dit import DiT, DiTConfig
+from rae.models.config import DiTConfig, DiTDHConfig, from_dict
+from rae.models.dit import DiT
 from rae.models.dit_dh import DiTDH
 from rae.models.rae import RAE
 from rae.models.sampling import denoise, draw_noise, timesteps
