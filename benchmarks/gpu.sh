@@ -97,11 +97,11 @@ ops() {
     [[ $device == cuda ]] || quick=(--quick)
     run 400 "$1" "$python" benchmarks/ops.py --device "$device" --out "$out/$1" "${quick[@]}" "${@:2}"
 }
-# A name and flags; a server of XL with random weights.
+# Seconds, a name and flags; a server of XL, whose weights the parts of `second` have written.
 served() {
     local folder=()
     [[ $device == cuda ]] && folder=(--model "$checkpoints/$xl")
-    run 300 "$1" "$python" "benchmarks/$1.py" "${folder[@]}" --json "$out/$1.json" "${@:2}"
+    run "$1" "$2" "$python" "benchmarks/$2.py" "${folder[@]}" --json "$out/$2.json" "${@:3}"
 }
 part() {
     case $1 in
@@ -131,8 +131,8 @@ part() {
         run 300 http "$python" benchmarks/over_http.py --device "$device" --model "$xl" \
             "${http[@]}" --checkpoints "$checkpoints" --json "$out/http.json"
         ;;
-    load) served load --seconds 30 ;;
-    kills) served kills --kills 3 ;;
+    load) served 480 load --seconds 30 ;;
+    kills) served 300 kills --kills 3 ;;
     none) throughput 200 none --guidance none --part sweep "${sizes[@]}" ;;
     autoguidance | cfg) throughput 240 "$1" --guidance "$1" --part sweep "${sizes[@]}" ;;
     start) throughput 300 start --part start ;;
