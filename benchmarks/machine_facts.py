@@ -3,6 +3,7 @@ generator spares it."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -21,8 +22,14 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
+    """Of the checkout, or what COMMIT says of a copy without one; nothing where neither does."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        return ""
 
 
 def machine(device: torch.device) -> dict[str, Any]:
