@@ -78,7 +78,7 @@ def measure(name: str, call: Callable[[], Tensor], problem: Problem, right: Tens
 
 def median_us(call: Callable[[], Tensor], device: torch.device) -> float:
     if device.type == "cuda":
-        return median_gpu_us(call)
+        return statistics.median(gpu_times_us(call))
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -87,9 +87,9 @@ def median_us(call: Callable[[], Tensor], device: torch.device) -> float:
     return 1e6 * statistics.median(seconds)
 
 
-def median_gpu_us(call: Callable[[], Tensor]) -> float:
-    """Of the GPU alone, the L2 cache flushed before: it starts when all is launched. Triton's own
-    `do_bench` counts the launching of what takes less time than that, and graphs launch nothing."""
+def gpu_times_us(call: Callable[[], object]) -> list[float]:
+    """Of calls by the GPU alone, the L2 cache flushed before: it starts when all is launched.
+    Triton's `do_bench` counts the launching, too, of what takes less; graphs launch nothing."""
     driver: Any = triton.runtime.driver.active
     cache = driver.get_empty_cache_for_benchmark()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(CALLS)]
@@ -100,7 +100,7 @@ def median_gpu_us(call: Callable[[], Tensor]) -> float:
         call()
         end.record()
     torch.cuda.synchronize()
-    return 1000 * statistics.median(start.elapsed_time(end) for start, end in events[UNCOUNTED:])
+    return [1000 * start.elapsed_time(end) for start, end in events[UNCOUNTED:]]
 
 
 def fastest(
