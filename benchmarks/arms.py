@@ -168,6 +168,14 @@ class Plain:
         yield list(images.permute(0, 2, 3, 1).cpu().numpy())
 
 
+def keep_workspaces() -> None:
+    """Let max-autotune's CUDA graphs leave the cuBLAS workspaces of all streams where they are: our
+    graphs, captured before, write to theirs."""
+    from torch._inductor import cudagraph_trees  # takes seconds
+
+    cudagraph_trees.clear_cublass_cache = lambda: None
+
+
 class Authors:
     """The authors' models in their sampler, as their sample_ddp.py runs them: their autocast is
     open over all steps, TF32 is on, and guided images take twice the rows. Images are decoded by
@@ -204,6 +212,7 @@ class Authors:
     def _load(self, ours: DiTDH, upstream: Path, compiled: bool) -> nn.Module:
         model = authors_model(upstream, ours.config, ours.to(self.device).state_dict())
         if compiled:
+            keep_workspaces()
             run = torch.compile(model.forward, mode="max-autotune", dynamic=False)
             # A CUDA graph's output is overwritten by the next one's, the guide's.
             model.forward = lambda *args, **kwargs: run(*args, **kwargs).clone()

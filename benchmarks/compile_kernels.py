@@ -162,11 +162,28 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def norm_site(rows: int, dim: int, dtype: torch.dtype) -> Callable[..., object]:
-    """The site between two layers, on a residual in fp32: the widest variant."""
+    """A stream's first site, one between two layers, its last, and its end without a norm, on a
+    residual in fp32."""
     x = meta(rows // 16, 16, dim)
     shift, scale, gate, *_ = meta(rows // 16, 1, 6 * dim, dtype=dtype).chunk(6, dim=-1)
     y, weight = x.to(dtype), meta(dim)
-    return partial(adaln.launch, x, y, gate, weight, shift, scale, 1e-6, "rms", True, dtype)
+    sites = (
+        (x, None, None, weight, shift, scale, 1e-6, "rms", False, dtype),
+        (x, y, gate, weight, shift, scale, 1e-6, "rms", True, dtype),
+        (x, y, gate, None, shift, scale, 1e-6, "layer", False, dtype),
+        (x, y, gate, None, None, None, 0.0, "none", True, torch.float32),
+    )
+    return all_of(*(partial(adaln.launch, *site) for site in sites))
+
+
+def all_of(*launches: Callable[..., object]) -> Callable[..., None]:
+    """With the same configuration."""
+
+    def launch(**config: int) -> None:
+        for each in launches:
+            each(**config)
+
+    return launch
 
 
 def mlp(rows: int, dim: int, hidden: int, dtype: torch.dtype) -> Callable[..., object]:
@@ -181,9 +198,11 @@ def heads(head_dim: int, tokens: int, rotated: bool, dtype: torch.dtype) -> Call
 
 
 def euler(dtype: torch.dtype) -> Callable[..., object]:
+    """With a guide, and without."""
     latents, velocity = meta(8, *LATENTS), meta(8, *LATENTS, dtype=dtype)
     index, scalar = meta(8, dtype=torch.int64), meta(8)
-    return partial(guided_euler.launch, latents, index, scalar, velocity, index, scalar, velocity)
+    run = partial(guided_euler.launch, latents, index, scalar, velocity, index, scalar)
+    return all_of(partial(run, velocity), partial(run, None))
 
 
 def compile_table(architecture: int) -> Iterator[tuple[Case, Entry, Compiled]]:

@@ -6,8 +6,9 @@ DIR is a clone of github bytetriper/RAE; what its `stage2.models.DDT` imports mu
 Both get the same random weights, none of them zero. All variants run in turns, so that a busy
 machine slows all alike; figures are medians over the turns, and ratios are ratios of medians.
 
-- authors fp32: their default. authors bf16: one autocast context stays open over all turns, as
-  their sampler keeps it open over its evaluations, so that weights are cast once; not timed.
+- authors fp32: their default on a CPU; on CUDA their scripts turn TF32 on: authors tf32. authors
+  bf16: one autocast context stays open over all turns, as their sampler keeps it open over its
+  evaluations, so that weights are cast once; not timed.
 - ours fp32, ours bf16: a model that `server/devices.py` has prepared.
 - matmuls: every linear of the model that has a row per token, and nothing else, as plain
   `F.linear` in bf16, each with its own weights: caches are as cold as in the model. Their FLOPs
@@ -40,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rae.models.config import CONFIGS, DiTDHConfig
 from rae.models.dit_dh import DiTDH
 from rae.server.devices import prepare
+from rae.training.precision import Precision, set_matmul_precision
 
 FP32_BOUND = 1e-5
 Forward = Callable[[], Tensor]
@@ -141,9 +143,10 @@ def variants(
     def autocast(enabled: bool) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
-    def authors(bf16: bool) -> Forward:
+    def authors(precision: Precision) -> Forward:
         def run() -> Tensor:
-            with torch.no_grad(), autocast(bf16):
+            set_matmul_precision(precision)
+            with torch.no_grad(), autocast(precision == "bf16"):
                 return theirs(*inputs).float()
 
         return run
@@ -152,14 +155,16 @@ def variants(
         model = our_model(config, weights, device, dtype)
 
         def run() -> Tensor:
+            set_matmul_precision("fp32")
             with torch.inference_mode(), autocast(dtype != torch.float32):
                 return model(*inputs).float()
 
         return run
 
     return {
-        "authors fp32": authors(False),
-        "authors bf16": authors(True),
+        "authors fp32": authors("fp32"),
+        **({"authors tf32": authors("tf32")} if device.type == "cuda" else {}),
+        "authors bf16": authors("bf16"),
         "ours fp32": ours(torch.float32),
         "ours bf16": ours(torch.bfloat16),
         "matmuls": matmuls(count(config, batch)[0], device),
@@ -193,8 +198,11 @@ def report(
     return {
         "ms": {name: round(value, 2) for name, value in ms.items()},
         "ms_fastest": {name: round(min(values), 2) for name, values in times.items()},
-        "faster_than_authors_fp32": ms["authors fp32"] / ms["ours bf16"],
-        "faster_than_authors_bf16": ms["authors bf16"] / ms["ours bf16"],
+        **{
+            f"faster_than_{name.replace(' ', '_')}": value / ms["ours bf16"]
+            for name, value in ms.items()
+            if name.startswith("authors")
+        },
         "fp32_faster_than_authors_fp32": ms["authors fp32"] / ms["ours fp32"],
         "error": {
             name: ((outputs[name] - reference).norm() / reference.norm()).item()

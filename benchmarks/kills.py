@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from arrivals import Known, Subject, know, percentiles
 from http_client import Client, NoAnswerError, message
-from live_server import LiveServer, start_server
+from live_server import SERVE_HELP, LiveServer, start_server
 from load import Figures, Outcome, ask
 from service_checks import conclude, end
 
@@ -139,7 +139,7 @@ async def run(server: LiveServer, args: argparse.Namespace) -> tuple[Figures, di
 
 
 async def measure(args: argparse.Namespace) -> int:
-    with start_server(args.model) as server:
+    with start_server(args.model, args.serve) as server:
         await asyncio.to_thread(server.wait_until_ready)
         figures, criteria = await run(server, args)
     sys.stdout.write(
@@ -154,6 +154,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="a checkpoint folder; default: the digits")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--serve", action="append", default=[], help=SERVE_HELP)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     return asyncio.run(measure(parser.parse_args()))
 

@@ -21,6 +21,10 @@ from rae.server.settings import embedded_model
 READY_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 45
 WORKER = "rae.server.worker"
+SERVE_HELP = (
+    "a flag for `rae serve`: --serve=--deterministic on a GPU, where the bits of an image may "
+    "otherwise depend on how many others are in its steps"
+)
 
 
 def split_cores() -> tuple[set[int], set[int]]:

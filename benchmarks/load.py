@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from arrivals import Known, Subject, know, percentiles, poisson_times
 from http_client import Client, NoAnswerError
-from live_server import LiveServer, start_server
+from live_server import SERVE_HELP, LiveServer, start_server
 from service_checks import conclude, end, scrape, settle
 
 MULTIPLES = (0.5, 1.0, 2.0, 5.0)
@@ -183,7 +183,8 @@ async def measure_open(
     draw = np.random.default_rng(args.seed)
     max_queue = round(args.queue_s * capacity["evaluations_per_s"])
     phases: Figures = {}
-    async with running(args.model, [f"--max-queue={max_queue}"], args.seed) as parts:
+    flags = [f"--max-queue={max_queue}", *args.serve]
+    async with running(args.model, flags, args.seed) as parts:
         server, client, known = parts
         for multiple in MULTIPLES:
             rate = multiple * capacity["goodput_per_s"]
@@ -232,7 +233,7 @@ def criteria_of(capacities: Sequence[Figures], phases: Figures, queue_s: float) 
 
 
 async def measure(args: argparse.Namespace) -> int:
-    async with running(args.model, [], args.seed) as parts:
+    async with running(args.model, args.serve, args.seed) as parts:
         capacity = await measure_capacity(*parts, args.seconds)
     phases, after, criteria = await measure_open(args, capacity)
     figures = {"seconds": args.seconds, "queue_s": args.queue_s, "capacity": capacity}
@@ -249,6 +250,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300, help="of each rate")
     parser.add_argument("--queue-s", type=float, default=3, help="of work that --max-queue lets in")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--serve", action="append", default=[], help=SERVE_HELP)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     return asyncio.run(measure(parser.parse_args()))
 

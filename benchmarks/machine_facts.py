@@ -3,6 +3,7 @@ generator spares it."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -20,9 +21,26 @@ def cpu_name() -> str:
     return next(found, platform.processor())
 
 
+def gpu_name() -> str:
+    """The first GPU's, without torch; nothing where there is none."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return output_of(query).partition("\n")[0]
+
+
+def output_of(command: list[str]) -> str:
+    """What a program says, if it is there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return "" if done.returncode else done.stdout.strip()
+
+
 def commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    """Of the checkout, or what COMMIT says of a copy without one; nothing where neither does."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
+    return output_of(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"])
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from http_client import Client, message
 from live_server import LiveServer, split_cores
-from machine_facts import commit, cpu_name
+from machine_facts import commit, cpu_name, gpu_name
 
 GAUGES = (
     "rae_requests_in_flight",
@@ -93,7 +93,7 @@ def machine() -> dict[str, Any]:
     own, others = split_cores()
     packages = ("torch", "fastapi", "uvicorn")
     return {
-        "device": cpu_name(),
+        "device": gpu_name() or cpu_name(),
         "cores": {"generator": len(own), "server": len(others)},
         **{name: version(name) for name in packages},
         "date": datetime.now(UTC).date().isoformat(),

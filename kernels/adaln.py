@@ -284,14 +284,13 @@ def _adaln_kernel(
         x += gate.to(tl.float32) * y.to(tl.float32)
     if residual_ptr is not None:
         tl.store(residual_ptr + row * DIM + dim, narrow(x, RESIDUAL_DTYPE), mask)
-    if NORM == "none":
-        return
-    if NORM == "layer":
-        x = tl.where(mask, x - tl.sum(x, axis=1, keep_dims=True) / DIM, 0.0)
-    h = x * tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / DIM + EPS)
-    if weight_ptr is not None:
-        h *= tl.load(weight_ptr + dim, dim < DIM, other=0.0).to(tl.float32)
-    modulation = sample * mod_batch + token * mod_token + dim
-    scale = tl.load(scale_ptr + modulation, mask, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + modulation, mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * DIM + dim, narrow(h * (1 + scale) + shift, DTYPE), mask)
+    if NORM != "none":  # no early return: what follows one is compiled, too, without its operands
+        if NORM == "layer":
+            x = tl.where(mask, x - tl.sum(x, axis=1, keep_dims=True) / DIM, 0.0)
+        h = x * tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / DIM + EPS)
+        if weight_ptr is not None:
+            h *= tl.load(weight_ptr + dim, dim < DIM, other=0.0).to(tl.float32)
+        modulation = sample * mod_batch + token * mod_token + dim
+        scale = tl.load(scale_ptr + modulation, mask, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + modulation, mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * DIM + dim, narrow(h * (1 + scale) + shift, DTYPE), mask)

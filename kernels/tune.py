@@ -35,6 +35,9 @@ from rae.kernels.tune_problems import CANDIDATES, PROBLEMS, SHAPES, Config, Op, 
 
 # Of a result's error, relative to the reference's norm.
 TOLERANCE = 2e-2
+CALLS, UNCOUNTED = 40, 5
+# Cycles, half a millisecond: longer than a host takes for any call's launches.
+HEAD_START = 1_000_000
 
 logger = logging.getLogger(__name__)
 
@@ -68,20 +71,36 @@ def measure(name: str, call: Callable[[], Tensor], problem: Problem, right: Tens
         if not error < TOLERANCE:
             raise ValueError(f"its relative error is {error:.2g}")
         return median_us(call, right.device)
-    except (RuntimeError, ValueError, triton.TritonError) as failure:
+    except Exception as failure:  # compilers and libraries raise anything
         logger.warning("%s is left out: %s", name, failure)
         return None
 
 
 def median_us(call: Callable[[], Tensor], device: torch.device) -> float:
     if device.type == "cuda":
-        return 1000 * float(triton.testing.do_bench(call, quantiles=[0.5]))  # type: ignore[arg-type]
+        return statistics.median(gpu_times_us(call))
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
     return 1e6 * statistics.median(seconds)
+
+
+def gpu_times_us(call: Callable[[], object]) -> list[float]:
+    """Of calls by the GPU alone, the L2 cache flushed before: it starts when all is launched.
+    Triton's `do_bench` counts the launching, too, of what takes less; graphs launch nothing."""
+    driver: Any = triton.runtime.driver.active
+    cache = driver.get_empty_cache_for_benchmark()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(CALLS)]
+    for start, end in events:
+        driver.clear_cache(cache)
+        torch.cuda._sleep(HEAD_START)
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [1000 * start.elapsed_time(end) for start, end in events[UNCOUNTED:]]
 
 
 def fastest(
@@ -114,8 +133,10 @@ def tune(
     shapes: Sequence[Shape] = SHAPES,
     candidates: Mapping[Op, Sequence[Config]] = CANDIDATES,
     say: Callable[[str], object] = logger.info,
+    keep: Callable[[Table], object] = lambda table: None,
 ) -> Table:
-    """The table of `device` as measured, with the architecture's entries for other shapes.
+    """The table of `device` as measured, with the architecture's entries for other shapes. `keep`
+    gets it after each shape.
 
     On a CPU, where TRITON_INTERPRET=1 makes the kernels run, its figures mean nothing.
     """
@@ -124,19 +145,20 @@ def tune(
         capability = torch.cuda.get_device_capability(device)
         name = torch.cuda.get_device_name(device)
         fallback = Table.read(TABLES / f"{architecture(capability)}.json")
-    entries = []
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    measured = {"gpu": name, **versions, "date": date.today().isoformat()}
+    rest = tuple(entry for entry in fallback.entries if not entry.dims)
+    table = Table(name, rest, measured)
     for shape in shapes:
         try:
             entry = fastest(shape, candidates[shape.op], fallback, device)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # no memory, or nothing that can run
             logger.warning("%s is left out: %s", shape, error)
             continue
         say(f"{entry.op} {entry.dtype} {dict(entry.dims)}: {entry.choice}, {dict(entry.p50_us)} µs")
-        entries.append(entry)
-    entries += [entry for entry in fallback.entries if not entry.dims]
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    measured = {"gpu": name, **versions, "date": date.today().isoformat()}
-    return Table(name, tuple(entries), measured)
+        table = Table(name, (*table.entries[: -len(rest)], entry, *rest), measured)
+        keep(table)
+    return table
 
 
 def write(table: Table, path: Path) -> None:
@@ -146,7 +168,8 @@ def write(table: Table, path: Path) -> None:
 
 
 def tune_gpu(out: Path | None, say: Callable[[str], object]) -> Path:
-    """Writes the table of this machine's GPU to `out`, or where `dispatch` looks for it.
+    """Writes the table of this machine's GPU to `out`, or where `dispatch` looks for it, with each
+    shape that was measured.
 
     Raises ValueError where there is no GPU.
     """
@@ -155,5 +178,5 @@ def tune_gpu(out: Path | None, say: Callable[[str], object]) -> Path:
     device = torch.device("cuda", torch.cuda.current_device())
     path = out or TABLES / f"{gpu_file_stem(device)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(tune(device, say=say), path)
+    write(tune(device, say=say, keep=lambda table: write(table, path)), path)
     return path

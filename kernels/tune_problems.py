@@ -91,6 +91,8 @@ SHAPES = (
         for rows in (1, 16, 128)
     ),
 )
+# Of a sample; a kernel is compiled for their number.
+TOKENS = 256
 # Samples have a class token in front there, and their positions no rotation: the decoder.
 UNROTATED_TOKENS = 257
 
@@ -107,9 +109,11 @@ class Problem:
 
 def adaln_problem(shape: Shape, device: torch.device) -> Problem:
     rows, dim = shape.dims["rows"], shape.dims["dim"]
-    x = torch.randn(1, rows, dim, dtype=shape.dtype, device=device)
-    y = torch.randn(1, rows, dim, dtype=torch.bfloat16, device=device)
-    gate, shift, scale = torch.randn(1, 1, 3 * dim, dtype=y.dtype, device=device).chunk(3, -1)
+    tokens = min(rows, TOKENS)
+    x = torch.randn(rows // tokens, tokens, dim, dtype=shape.dtype, device=device)
+    y = torch.randn(x.shape, dtype=torch.bfloat16, device=device)
+    modulation = torch.randn(len(x), 1, 3 * dim, dtype=y.dtype, device=device)
+    gate, shift, scale = modulation.chunk(3, -1)
     operands = (x, y, gate, None, shift, scale, 1e-6, "rms", True, y.dtype)
 
     def kernel(**config: int) -> Tensor:

@@ -377,6 +377,7 @@ class Engine:
 
     def _loop(self) -> None:
         try:
+            self._runner.enter_thread()
             self._warm_up()
         except EngineClosedError:
             return

@@ -87,8 +87,7 @@ class Runner:
     ) -> None:
         config = self.config = checkpoint.config
         self.device, self.options = device, options
-        if device.index is not None:
-            torch.cuda.set_device(device)  # Triton, events and graphs take the current one
+        self.enter_thread()
         self.precision, self._dtype = resolve_precision(options.precision, device)
         set_matmul_precision(self.precision)
         self.compiles = options.compile == "on" or (
@@ -119,6 +118,12 @@ class Runner:
         self._in_flight: deque[tuple[torch.cuda.Event, torch.cuda.Event, int, int]] = deque()
         self._over: StepTiming | None = None
         self._cached_plan = lru_cache(maxsize=1024)(self._make_plan)
+
+    def enter_thread(self) -> None:
+        """Make the device the calling thread's, where it has a number: Triton, events and graphs
+        take the current one, and each thread has its own."""
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)
 
     def _prepare(self, model: torch.nn.Module) -> Layers:
         kernels, attention = self.options.kernels, self.options.attention

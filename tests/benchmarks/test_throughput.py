@@ -139,3 +139,20 @@ def test_a_run_on_the_tiny_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> 
         assert 0 < float(row["of_the_peak"]) < 1 and not row["error"]
         assert float(row["ms_per_step"]) > 0 and row["method"] == "autoguidance"
         assert 0 < float(row["images_per_s"]) < 500 * int(row["batch"]) / float(row["ms_per_step"])
+
+
+def test_graphs_of_others_keep_their_cublas_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cudagraph_trees
+
+    cleared: list[bool] = []
+    clear = "_cuda_clearCublasWorkspaces"
+    monkeypatch.setattr(torch._C, clear, lambda: cleared.append(True), raising=False)
+    with cudagraph_trees.clear_cublas_manager():
+        assert cleared
+    # What is set back after the test.
+    monkeypatch.setattr(cudagraph_trees, "clear_cublass_cache", cudagraph_trees.clear_cublass_cache)
+    importlib.import_module("arms").keep_workspaces()
+    cleared.clear()
+    with cudagraph_trees.clear_cublas_manager():
+        pass
+    assert not cleared

@@ -70,8 +70,8 @@ def test_error_is_that_of_the_eager_chain(
     for result, eager, truth in zip(
         (stream, out), chain(operands, dtype), exact(operands), strict=True
     ):
-        # In fp32 the order of a sum decides; both are far below bf16's.
-        assert error(result, truth) <= max(1.05 * error(eager, truth), 2e-7)
+        # In fp32 the order of a sum decides, on a GPU the reciprocal root.
+        assert error(result, truth) <= max(1.05 * error(eager, truth), 4e-7)
     ends = last_adaln(x, y, gate, shift, scale, weight, eps=EPS, dtype=dtype, kernels="triton")
     assert ends.equal(out)
     assert gated_residual(x, y, gate, kernels="triton").equal(stream)
@@ -124,7 +124,7 @@ def test_first_site_and_layer_norm_with_blocks_of_rows(dtype: torch.dtype, block
         )
         still = (x, torch.zeros_like(x), *operands[2:5], torch.ones_like(operands[5]))
         _, truth = exact(still, norm)
-        assert error(out, truth) <= (2e-7 if dtype == torch.float32 else 2e-3)
+        assert error(out, truth) <= (4e-7 if dtype == torch.float32 else 2e-3)
 
 
 def test_operands_are_read_where_they_lie() -> None:

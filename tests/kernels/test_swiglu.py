@@ -29,6 +29,9 @@ if DEVICE == "cuda":
     ]
 # Of the eager chain's error. It rounds 4 times in bf16; in fp32 only the order of sums differs.
 BOUNDS = {torch.bfloat16: 1.05, torch.float32: 2.0}
+# Root mean square and largest. One sum of 2048 terms has four times the errors of 128 sums of 16,
+# as cuBLAS may have them; TF32 would have 5e-4.
+ALLOWED = {torch.bfloat16: (0.0, 0.0), torch.float32: (2e-6, 5e-5)}
 CONFIG = {
     "block_m": 64,
     "block_n": 64,
@@ -67,10 +70,13 @@ def errors(result: Tensor, exact: Tensor) -> tuple[float, float]:
 
 def assert_as_exact_as_eager(result: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
     exact = swiglu_ref(x.double(), weight.double(), bias.double())
-    for error, bound in zip(
-        errors(result, exact), errors(eager(x, weight, bias), exact), strict=True
+    for error, bound, allowed in zip(
+        errors(result, exact),
+        errors(eager(x, weight, bias), exact),
+        ALLOWED[x.dtype],
+        strict=True,
     ):
-        assert error <= BOUNDS[x.dtype] * bound
+        assert error <= max(BOUNDS[x.dtype] * bound, allowed)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

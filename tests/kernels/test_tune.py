@@ -36,8 +36,12 @@ CANDIDATES: dict[Op, tuple[dict[str, int], ...]] = {
 
 
 def test_a_table_of_what_was_measured(tmp_path: Path) -> None:
-    tune.write(tune.tune(torch.device(DEVICE), SHAPES, CANDIDATES), tmp_path / "gpu.json")
+    kept: list[Table] = []
+    device = torch.device(DEVICE)
+    tune.write(tune.tune(device, SHAPES, CANDIDATES, keep=kept.append), tmp_path / "gpu.json")
     table = Table.read(tmp_path / "gpu.json")
+    assert [len(each.entries) for each in kept] == [9, 10, 11, 12]
+    assert kept[-1].entries == table.entries
     assert table.measured is not None
     assert table.measured.keys() == {"gpu", "torch", "triton", "date"}
     for shape in SHAPES:

@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from fastapi.testclient import TestClient
 
 from rae.models.checkpoint_config import read_config
 from rae.server.app import create_app
@@ -22,10 +21,13 @@ from rae.server.pool import COMMAND, Pool
 from rae.server.serve_settings import ServeSettings
 from rae.server.tracing import Tracing
 
+if TYPE_CHECKING:
+    from fastapi.testclient import TestClient
+
 START_S = 60
 STOP_S = 20
 
-MakeClient = Callable[..., AbstractContextManager[TestClient]]
+MakeClient = Callable[..., AbstractContextManager["TestClient"]]
 Serve = Callable[..., AbstractContextManager[tuple[str, subprocess.Popen[bytes]]]]
 
 
@@ -46,6 +48,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.fixture(scope="session")
 def make_client(tiny_checkpoint: Path) -> MakeClient:
     """A client of an app whose worker runs the tiny checkpoint."""
+    from fastapi.testclient import TestClient  # wants httpx2, which tests on a GPU may lack
 
     @contextmanager
     def make(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from rae.server.engine import Engine
 from rae.server.errors import DeadlineError, EngineClosedError, QueueFullError
 from rae.server.metrics import Metrics
 from rae.server.request import ImageSpec, Request
+from rae.server.runner import Runner
 from rae.server.settings import EngineSettings
 from rae.server.step_times import StepTimes
 
@@ -291,3 +293,17 @@ def test_a_device_that_does_not_recover_is_given_up(
     assert not engine.ready
     with pytest.raises(EngineClosedError):
         engine.submit([spec(2)], "late")
+
+
+def test_the_device_is_that_of_the_thread_that_steps(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a second GPU's worker would launch its kernels on the first."""
+    entered: list[str] = []
+    monkeypatch.setattr(
+        Runner, "enter_thread", lambda self: entered.append(threading.current_thread().name)
+    )
+    engine = make_engine()
+    engine.start()
+    assert images(engine.submit([spec(1)], "one"))
+    assert entered == ["MainThread", "engine"]
