@@ -7,11 +7,13 @@
 # second  XL-256 against the authors' eager code:
 #   none, autoguidance, profile (of a step, by kernel), http (over HTTP and alone)
 # third   compiled (the authors' code by torch.compile), step (by choice of kernels)
-# fourth  cfg, xl512, start (cold and warm), ablation, deterministic, training (steps of stage 2)
-# last    load (Poisson arrivals), kills (of workers), ops-compile, forward
-# Each of these groups takes about nine minutes on an H200, predicted; without a PART all of them.
+# fourth  training (steps of stage 2)
+# fifth   cfg, ablation;  sixth: xl512, start (cold and warm), deterministic
+# last    load (Poisson arrivals), kills (of workers), forward;  then ops-compile
+# Each of these groups takes about ten minutes on an H200, predicted; without a PART all of them.
 #     BUDGET=SECONDS   no part starts later, and the last is ended then; what it wrote stays
 #     UPSTREAM=DIR     a clone of bytetriper/RAE, to compare with
+#     COMMIT=NAME      what a copy without .git is of, for the results
 #     CHECKPOINTS=DIR  where random weights stay between runs, 6 GB a model
 #     DEVICE=cpu       a rehearsal where there is no GPU: the same commands on small models
 set -uo pipefail
@@ -23,10 +25,12 @@ python=${PYTHON:-.venv/bin/python}
 budget=${BUDGET:-86400}
 upstream=(${UPSTREAM:+--upstream "$UPSTREAM"})
 checkpoints=${CHECKPOINTS:-${TMPDIR:-/tmp}/rae-benchmarks}
-xl=DiTDH-XL-256 xl512=DiTDH-XL-512 small=() http=(--steps 50 --batch 32) profile=()
+xl=DiTDH-XL-256 xl512=DiTDH-XL-512 small=() http=(--steps 50 --batch 32) profile=() step=()
+workers=1
 if [[ $device == cpu ]]; then
     xl=digits xl512=digits small=(--steps 4 --turns 1 --batch 2) profile=(--batch 2)
     http=(--steps 4 --batch 2 --turns 1)
+    step=(--model DiTDH-S-256 --batch 1 --turns 1 --kernels auto --kernels reference)
 fi
 mkdir -p "$out" .typecheck/rae
 for room in server kernels models training; do ln -sfn "../../$room" ".typecheck/rae/$room"; done
@@ -49,9 +53,11 @@ run() {
     echo "   $((SECONDS - started)) s, exit code $code"
 }
 tests() {
-    local workers=()
-    "$python" -c "import xdist" 2>/dev/null && [[ $device == cuda ]] && workers=(-n 8)
-    run "$1" "$2" "$python" -m pytest -p no:cacheprovider "${workers[@]}" -q "${@:3}"
+    # Other plugins of the machine's may warn, which is an error here.
+    local plugins=(-p pytest_timeout -p no:cacheprovider)
+    "$python" -c "import xdist" 2>/dev/null && plugins+=(-p xdist.plugin -n "$workers")
+    PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 run "$1" "$2" \
+        "$python" -P -m pytest "${plugins[@]}" -q "${@:3}"
 }
 # Seconds, a name, and flags. What is written so far stays when the time is up.
 throughput() {
@@ -63,7 +69,7 @@ throughput() {
 }
 # Seconds, a name, a size, and flags.
 train_step() {
-    local flags=(--steps 10 --warm-up 3 --precision tf32 --precision bf16 "${@:4}")
+    local flags=(--steps 10 --warm-up 3 "${@:4}")
     [[ $device == cuda ]] || flags=(--batch 1 --steps 1 --warm-up 1 --rounds 1 --precision bf16)
     run $(($1 + 60)) "train-step-$2" "$python" benchmarks/train_step.py "${upstream[@]}" \
         --device "$device" --budget-s "$1" --model "DiTDH-$3-256" \
@@ -73,10 +79,10 @@ training() {
     [[ -n ${UPSTREAM:-} ]] || return 0
     run 240 train-parity "$python" benchmarks/train_parity.py "${upstream[@]}" --device "$device" \
         --json "$out/train-parity.json"
-    train_step 360 S S --batch 128 --batch 64 --batch 256
+    train_step 360 S S --batch 128 --batch 64 --precision bf16 --precision tf32
     [[ $device == cuda ]] || return 0
-    train_step 480 XL XL --batch 64 --batch 32
-    train_step 180 trials S --batch 128 --rounds 1 --variant "ours whole" \
+    train_step 480 XL XL --batch 64 --rounds 1 --precision bf16 --precision tf32
+    train_step 180 trials S --batch 128 --rounds 1 --precision bf16 --variant "ours whole" \
         --variant "ours compiled aligned" --variant "ours whole aligned"
 }
 parity() {
@@ -89,36 +95,42 @@ parity() {
 }
 tune() {
     [[ $device == cuda ]] || return 0
-    run 500 tune "$python" -m rae.server tune
+    run 400 tune "$python" -m rae.server tune
     cp "$(tail -n 1 "$out/tune.log")" "$out/" || failed=1
 }
 ops() {
     local quick=()
     [[ $device == cuda ]] || quick=(--quick)
-    run 400 "$1" "$python" benchmarks/ops.py --device "$device" --out "$out/$1" "${quick[@]}" "${@:2}"
+    run 560 "$1" "$python" benchmarks/ops.py --device "$device" --out "$out/$1" "${quick[@]}" "${@:2}"
 }
 # Seconds, a name and flags; a server of XL, whose weights the parts of `second` have written.
 served() {
-    local folder=()
-    [[ $device == cuda ]] && folder=(--model "$checkpoints/$xl")
-    run "$1" "$2" "$python" "benchmarks/$2.py" "${folder[@]}" --json "$out/$2.json" "${@:3}"
+    local flags=()
+    # Their images have to be the same bytes alone and among others.
+    [[ $device == cuda ]] && flags=(--model "$checkpoints/$xl" --serve=--deterministic
+        --serve=--max-batch=16)
+    run "$1" "$2" "$python" "benchmarks/$2.py" "${flags[@]}" --json "$out/$2.json" "${@:3}"
 }
 part() {
     case $1 in
     first) for each in kernels engine parity tune ops; do part $each; done ;;
     second) for each in none autoguidance profile http; do part $each; done ;;
     third) for each in compiled step; do part $each; done ;;
-    fourth) for each in cfg xl512 start ablation deterministic training; do part $each; done ;;
-    last) for each in load kills ops-compile forward; do part $each; done ;;
+    fourth) part training ;;
+    fifth) for each in cfg ablation; do part $each; done ;;
+    sixth) for each in xl512 start deterministic; do part $each; done ;;
+    last) for each in load kills forward; do part $each; done ;;
     kernels)
-        if [[ $device == cuda ]]; then tests 300 kernels tests/kernels; else
+        if [[ $device == cuda ]]; then workers=8 tests 420 kernels tests/kernels; else
             tests 300 kernels tests/kernels/test_adaln.py; fi
         ;;
-    engine) tests 240 engine tests/server/test_cuda_graphs.py ;;
+    engine) workers=3 tests 500 engine tests/server/test_cuda_graphs.py ;;
     ops) ops ops --no-compile ;;
     ops-compile) ops ops-compile ;;
     parity | tune | training) $1 ;;
-    step) run 240 step "$python" benchmarks/step.py --device "$device" ;;
+    step)
+        run 240 step "$python" benchmarks/step.py --device "$device" "${step[@]}"
+        ;;
     profile)
         run 180 profile "$python" benchmarks/profile_step.py --device "$device" --model "$xl" \
             --checkpoints "$checkpoints" --out "$out/profile" "${profile[@]}"
@@ -131,8 +143,8 @@ part() {
         run 300 http "$python" benchmarks/over_http.py --device "$device" --model "$xl" \
             "${http[@]}" --checkpoints "$checkpoints" --json "$out/http.json"
         ;;
-    load) served 480 load --seconds 30 ;;
-    kills) served 300 kills --kills 3 ;;
+    load) served 560 load --seconds 12 ;;
+    kills) served 420 kills --kills 3 ;;
     none) throughput 200 none --guidance none --part sweep "${sizes[@]}" ;;
     autoguidance | cfg) throughput 240 "$1" --guidance "$1" --part sweep "${sizes[@]}" ;;
     start) throughput 300 start --part start ;;
@@ -146,7 +158,7 @@ part() {
 sizes=()
 [[ $device == cpu ]] || for size in 32 1 8 64 2 4 16; do sizes+=(--batch $size); done
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
-for each in "${@:-first second third fourth last}"; do
+for each in "${@:-first second third fourth fifth sixth last ops-compile}"; do
     # shellcheck disable=SC2086 # the default is a list
     for name in $each; do part "$name"; done
 done

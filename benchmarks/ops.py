@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 import triton
-import triton.testing
 from machine_facts import machine
 from op_cases import CASES, Case, Run, draw
+
+from rae.kernels.tune import gpu_times_us
 
 QUANTILES = [0.2, 0.5, 0.8]
 COLUMNS = "op shape implementation p20_us p50_us p80_us bytes flop fraction error".split()
@@ -39,18 +40,19 @@ Row = dict[str, Any]
 
 def measure(run: Run, device: torch.device) -> list[float]:
     """p20, p50 and p80 in microseconds, after calls that are not counted."""
-    if device.type == "cuda":
-        with torch.inference_mode():
-            milliseconds: Any = triton.testing.do_bench(run, quantiles=QUANTILES)
-        return [1e3 * value for value in milliseconds]
-    times: list[float] = []
     with torch.inference_mode():
-        for _ in range(6):
-            start = time.perf_counter()
-            run()
-            times.append(1e6 * (time.perf_counter() - start))
+        times = gpu_times_us(run) if device.type == "cuda" else cpu_times_us(run)
     quantiles = torch.tensor(QUANTILES, dtype=torch.float64)
-    return torch.tensor(times[1:], dtype=torch.float64).quantile(quantiles).tolist()
+    return torch.tensor(times, dtype=torch.float64).quantile(quantiles).tolist()
+
+
+def cpu_times_us(run: Run) -> list[float]:
+    times: list[float] = []
+    for _ in range(6):
+        start = time.perf_counter()
+        run()
+        times.append(1e6 * (time.perf_counter() - start))
+    return times[1:]
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
     python benchmarks/step.py [--model DiTDH-XL-256] [--batch 1 --batch 32] [--device cuda]
 
-Medians in milliseconds by batch and choice of kernels, taken in turns; JSON on stdout.
+Medians in milliseconds by batch and choice of kernels, taken in turns; JSON on stdout. They are
+calls without graphs: of small batches they time the host, which the server's graphs spare.
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ def test_turns_are_compared_in_pairs_and_images_one_by_one(
     assert (found["ratio"], found["met"]) == (0.8, False)
     assert (found["offline_images_per_s"], found["http_images_per_s"]) == (1.0, 0.8)
     assert (found["offline_cpu_s_per_image"], found["http_cpu_s_per_image"]) == (2.0, 2.5)
-    assert found["png_kb"] == 2.0
-    with pytest.raises(RuntimeError, match="seed 0"):
-        over_http.summary([(result(1), result(1, value=1))])
+    assert (found["png_kb"], found["differ_by"]) == (2.0, 0)
+    others = [(result(1), result(1, value=2))]
+    with pytest.raises(RuntimeError, match="differ over HTTP, by 2 of 255"):
+        over_http.summary(others)
+    assert over_http.summary(others, is_exact=False)["differ_by"] == 2
