@@ -9,11 +9,12 @@
 
 Both have the same settings and run in turns, after one that is not counted, and each image of one
 is compared with that of the other: `differ_by` is the largest mean difference of one's pixels, of
-255, and on a CPU has to be 0. A GPU's products have other bits in steps of other sizes. `ratio` is the median over the turns of http's rate over
-offline's; `cpu_s_per_image` is what other work on the machine does not slow as much, the client
-counted in. `alone_s` is how long one image takes over HTTP where nothing else is asked for, of
---alone of them one after another, each on a new connection. --model is a name of CONFIGS, with
-random weights, a checkpoint folder, or digits.
+255, and on a CPU has to be 0. A GPU's products have other bits in steps of other sizes.
+
+`ratio` is the median over the turns of http's rate over offline's; `cpu_s_per_image` is what other
+work on the machine does not slow as much, the client counted in. `alone_s` is how long one image
+takes over HTTP where nothing else is asked for, of --alone of them one after another, each on a new
+connection. --model is a name of CONFIGS, with random weights, a checkpoint folder, or digits.
 """
 
 from __future__ import annotations

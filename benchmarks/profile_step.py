@@ -21,7 +21,7 @@ import re
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from forward import count, matmuls
 from machine_facts import machine
 from ops import ceilings, measure
 from subjects import find_checkpoint
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from rae.models.checkpoint_config import read_config
@@ -100,15 +99,15 @@ def linears_alone_ms(config: DiTDHConfig, batch: int, device: torch.device) -> f
     return measure(run, device)[1] / 1000
 
 
-def profiled(steps: Steps) -> tuple[Counter[str], Counter[str]]:
+def profiled(steps: Steps) -> tuple[dict[str, float], dict[str, float]]:
     """Microseconds and calls in a step, by kernel."""
     on_gpu = steps.device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     with profile(activities=activities) as found:
         steps.run(STEPS)
-    microseconds, calls = Counter[str](), Counter[str]()
+    microseconds, calls = defaultdict[str, float](float), defaultdict[str, float](float)
     for event in found.key_averages():
-        if on_gpu == (event.device_type == DeviceType.CUDA):
+        if event.device_type.name == ("CUDA" if on_gpu else "CPU"):
             own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             microseconds[event.key] += own / STEPS
             calls[event.key] += event.count / STEPS
@@ -116,15 +115,18 @@ def profiled(steps: Steps) -> tuple[Counter[str], Counter[str]]:
 
 
 def report(
-    microseconds: Counter[str], calls: Counter[str], floors: dict[str, float], wall_ms: float
+    microseconds: dict[str, float],
+    calls: dict[str, float],
+    floors: dict[str, float],
+    wall_ms: float,
 ) -> dict[str, Any]:
     busy = sum(microseconds.values()) / 1000
-    groups = Counter[str]()
+    groups = defaultdict[str, float](float)
     for kernel, own in microseconds.items():
         groups[group_of(kernel)] += own / 1000
     kernels = [
         {"kernel": kernel, "group": group_of(kernel), "us": own, "calls": calls[kernel]}
-        for kernel, own in microseconds.most_common()
+        for kernel, own in sorted(microseconds.items(), key=lambda item: -item[1])
         if own
     ]
     return {
