@@ -34,8 +34,10 @@ test-slow: .venv/.installed
 # What the compilers of both supported Tritons say of the kernels; no GPU is needed.
 kernels-compile: .venv/.installed .venv-triton3.6/.installed
 	$(BIN)/python benchmarks/compile_kernels.py --csv benchmarks/results/compile/triton-3.8.csv
+	$(BIN)/python benchmarks/compile_models.py
 	PYTHONPATH=.venv-triton3.6 $(BIN)/python benchmarks/compile_kernels.py \
 	    --csv benchmarks/results/compile/triton-3.6.csv
+	PYTHONPATH=.venv-triton3.6 $(BIN)/python benchmarks/compile_models.py
 
 # The oldest Triton, over the rest of .venv.
 .venv-triton3.6/.installed:

@@ -25,7 +25,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -36,6 +36,8 @@ from triton.runtime.jit import JITFunction
 
 from rae.kernels import adaln, attention, guided_euler, swiglu
 from rae.kernels.dispatch import TABLES, Entry, Table
+
+T = TypeVar("T")
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Instructions of the matrix units: mma of Ampere, wgmma of Hopper, tcgen05 of Blackwell.
@@ -95,13 +97,14 @@ class CompileOnlyDriver:
 
 
 @contextmanager
-def compiling(architecture: int) -> Iterator[list[Compiled]]:
-    """Inside, kernels that are launched are compiled for sm_`architecture`, and do not run."""
-    compiled: list[Compiled] = []
+def compiling(architecture: int, seen: Callable[[Any], T]) -> Iterator[list[T]]:
+    """Inside, kernels that are launched are compiled for sm_`architecture`, and do not run; what
+    `seen` makes of each."""
+    compiled: list[T] = []
 
     def launcher(kernel: Any, grid: object) -> Callable[..., None]:  # noqa: ANN401
         def compile_it(*args: object, **kwargs: object) -> None:
-            compiled.append(inspect(kernel.warmup(*args, grid=grid, **kwargs)))
+            compiled.append(seen(kernel.warmup(*args, grid=grid, **kwargs)))
 
         return compile_it
 
@@ -216,7 +219,7 @@ def compile_table(architecture: int) -> Iterator[tuple[Case, Entry, Compiled]]:
         if key in seen:
             continue
         seen.add(key)
-        with compiling(architecture) as compiled:
+        with compiling(architecture, inspect) as compiled:
             case.launch(**entry.config)
         for kernel in compiled:
             yield case, entry, kernel

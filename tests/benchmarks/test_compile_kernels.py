@@ -37,3 +37,23 @@ def test_every_entry_compiles_without_spills(architecture: str, tmp_path: Path) 
     for row in rows:
         assert (row["problem"], row["spills"]) == ("", "0")
     assert all(int(row["matrix_instructions"]) > 0 for row in dots)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            ("--model=DiTDH-S-256", "--dtype=bf16", "--batch=2"),
+            ["DiTDH-S-256, bf16, 2: 30 _adaln_kernel, 14 _attention_kernel, 14 _swiglu_kernel"],
+        ),
+        pytest.param((), 16 * [""], marks=pytest.mark.slow),
+    ],
+)
+def test_whatever_a_model_launches_compiles(flags: tuple[str, ...], expected: list[str]) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "compile_models.py", *flags]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True))
