@@ -125,8 +125,8 @@ def test_every_request_is_counted_once(
 
 
 def test_a_full_queue_is_429_and_then_free(make_client: MakeClient) -> None:
-    long = {"class_id": 0, "cfg": 1, "steps": 1000, "n": 8}
-    with make_client(max_queue=9000) as client, ThreadPoolExecutor() as threads:
+    long = {"class_id": 0, "cfg": 1, "steps": 600, "n": 8}
+    with make_client(max_queue=5400) as client, ThreadPoolExecutor() as threads:
         running = threads.submit(client.post, "/generate", json=long)
         deadline = time.monotonic() + 30
         while scrape(client)["rae_running_images"] < 7:  # the eighth slot is kept
@@ -141,7 +141,7 @@ def test_a_full_queue_is_429_and_then_free(make_client: MakeClient) -> None:
     assert int(refused.headers["retry-after"]) >= 1
     error = refused.json()["error"]
     assert error["type"] == "queue_full"
-    assert "the limit is 9000" in error["message"]
+    assert "the limit is 5400" in error["message"]
     assert accepted.status_code == 200
     assert (found["done"], found["rejected"]) == (3, 1)
 

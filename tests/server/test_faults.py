@@ -71,7 +71,13 @@ def gauges(client: TestClient) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize(("stage", "fault"), TABLE)
+@pytest.mark.parametrize(
+    ("stage", "fault"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if case == ("decode", "hang") else [])
+        for case in TABLE
+    ],
+)
 def test_a_fault_is_its_own_requests(
     make_client: MakeClient,
     expected: list[list[str]],
