@@ -322,6 +322,9 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> 
         index.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=message):
             LatentShards(tmp_path / "latents")
+    os.truncate(index, 100)
+    with pytest.raises(ValueError, match=r"index.json is damaged \(.*\): remove it, then `rae"):
+        encode(folder, tmp_path / "latents")
 
 
 def test_latents_know_the_names_of_their_classes(folder: Path, tmp_path: Path) -> None:

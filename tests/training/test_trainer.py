@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -172,13 +173,14 @@ def test_a_run_goes_on_from_the_newest_whole_snapshot(
     folder = tmp_path / "snapshots"
     for step in (3, 4):
         damage(folder / f"step-00000000{step}")
-    (folder / "step-000000004.damaged").mkdir()  # of another time
+    shutil.copytree(folder / "step-000000003", folder / "step-000000004.damaged")  # of another time
     caplog.clear()
     trainer, lines = make_trainer(tmp_path, keep=1)
     trainer.run()
     for line, step in zip(lines.lines, (4, 3), strict=False):
         name = f"step-00000000{step}"
         assert line.startswith(f"{folder / name} does not fit this run, or is damaged: ")
+        assert ":;" not in line  # an error that says nothing
         assert line.endswith(f"; it is {name}.damaged now, and the run goes on from step 2")
     assert lines.lines[2:] == ["start 2 of 6"]
     assert not [r for r in caplog.records if r.exc_info]
