@@ -129,12 +129,16 @@ ops() {
     [[ $device == cuda ]] || quick=(--quick)
     run 560 "$1" "$python" benchmarks/ops.py --device "$device" --out "$out/$1" "${quick[@]}" "${@:2}"
 }
-# Seconds, a name and flags; a server of XL, whose weights the parts of `second` have written.
+# Seconds, a name and flags; a server of XL, whose weights other parts have written, or none yet.
 served() {
     local flags=()
     # Their images have to be the same bytes alone and among others.
     [[ $device == cuda ]] && flags=(--model "$checkpoints/$xl" --serve=--deterministic
         --serve=--max-batch=16)
+    [[ $device == cpu || -f $checkpoints/$xl/config.json ]] ||
+        PYTHONPATH="benchmarks:$PYTHONPATH" run 120 weights "$python" -c "
+import pathlib, subjects, torch
+subjects.find_checkpoint('$xl', pathlib.Path('$checkpoints'), torch.device('$device'))"
     run "$1" "$2" "$python" "benchmarks/$2.py" "${flags[@]}" --json "$out/$2.json" "${@:3}"
 }
 part() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
@@ -184,6 +185,7 @@ def test_a_run_goes_on_from_the_newest_whole_snapshot(
         assert line.endswith(f"; it is {name}.damaged now, and the run goes on from step 2")
     assert lines.lines[2:] == ["start 2 of 6"]
     assert not [r for r in caplog.records if r.exc_info]
+    assert not logging.getLogger().disabled
     names = ["step-000000003.damaged", "step-000000004.damaged", "step-000000006"]
     assert sorted(path.name for path in folder.iterdir()) == names
     assert same(weights_of(trainer), undisturbed)
