@@ -19,6 +19,7 @@ MODEL = "DiTDH-XL-256"
 ARMS = ("ours", "authors, bf16", "authors, fp32", "authors, compiled bf16")
 # Parts of gpu.sh that time a forward; the second has the authors' compiled code.
 FORWARDS = ("none", "compiled")
+TRAINING_RATIO = "faster_compiled_ms"  # of train_step.py
 Rows = list[dict[str, Any]]
 
 
@@ -70,12 +71,15 @@ def goals(folder: Path) -> list[Goal]:
     alone_s = read(folder / "http.json").get("alone_s", {}).get("p50")
     forward_ms = find(rows, "ours", 32, "ms_per_step")
     eager, compiled = (find(rows, arm, 32, "ours_over_it") for arm in (ARMS[1], ARMS[3]))
+    # The authors' trainer cannot run without torch.compile.
+    training = read(folder / "train-step-XL.json").get("bf16", {}).get("64", {})
     return [
         Goal("32 images: ms a forward", 18, forward_ms, more_is_better=False),
         Goal("AutoGuidance: images/s", 25, max(guided, default=None)),
         Goal("one image over HTTP: ms", 56, alone_s and 1000 * alone_s, more_is_better=False),
         Goal("32 images: times the authors' eager bf16", 2.2, eager),
         Goal("32 images: times the authors' compiled bf16", 1.3, compiled),
+        Goal("training, both compiled: times the authors'", 1.3, training.get(TRAINING_RATIO)),
     ]
 
 

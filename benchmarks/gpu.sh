@@ -18,9 +18,34 @@
 #     DEVICE=cpu       a rehearsal where there is no GPU: the same commands on small models
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:?where the results go}
+declare -A groups=(
+    [first]="kernels engine parity tune ops"
+    [second]="none autoguidance profile http"
+    [third]="compiled step"
+    [fourth]=training
+    [fifth]="cfg ablation"
+    [sixth]="xl512 start deterministic"
+    [last]="load kills forward"
+)
+refuse() {
+    echo "gpu.sh: $1" >&2
+    exit 2
+}
+(($#)) || refuse "where do the results go? benchmarks/gpu.sh OUT [PART ...]"
+out=$1
 shift
+all=(first second third fourth fifth sixth last ops-compile)
+(($#)) || set -- "${all[@]}"
+known="${all[*]}" parts=()
+for each in "${all[@]}"; do known+=" ${groups[$each]:-}"; done
+for each in "$@"; do
+    [[ " $known " == *" $each "* ]] || refuse "no part $each; known: $known"
+    read -ra names <<<"${groups[$each]:-$each}"
+    parts+=("${names[@]}")
+done
 device=${DEVICE:-cuda}
+[[ $device == cuda || $device == cpu ]] || refuse "DEVICE=$device is not cuda or cpu"
+[[ -d ${UPSTREAM:-.} ]] || refuse "UPSTREAM=$UPSTREAM is no folder"
 python=${PYTHON:-.venv/bin/python}
 budget=${BUDGET:-86400}
 upstream=(${UPSTREAM:+--upstream "$UPSTREAM"})
@@ -48,7 +73,7 @@ run() {
     fi
     echo "== $name"
     local code=0
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || code=$? failed=1
+    timeout --kill-after=15 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$? failed=1
     tail -n 3 "$out/$name.log"
     echo "   $((SECONDS - started)) s, exit code $code"
 }
@@ -96,30 +121,28 @@ parity() {
 tune() {
     [[ $device == cuda ]] || return 0
     run 400 tune "$python" -m rae.server tune
-    cp "$(tail -n 1 "$out/tune.log")" "$out/" || failed=1
+    # Also of the shapes that were measured before the time was up.
+    find kernels/tuning -name "*.json" -newer "$out/nvidia-smi.txt" -exec cp {} "$out/" \;
 }
 ops() {
     local quick=()
     [[ $device == cuda ]] || quick=(--quick)
     run 560 "$1" "$python" benchmarks/ops.py --device "$device" --out "$out/$1" "${quick[@]}" "${@:2}"
 }
-# Seconds, a name and flags; a server of XL, whose weights the parts of `second` have written.
+# Seconds, a name and flags; a server of XL, whose weights other parts have written, or none yet.
 served() {
     local flags=()
     # Their images have to be the same bytes alone and among others.
     [[ $device == cuda ]] && flags=(--model "$checkpoints/$xl" --serve=--deterministic
         --serve=--max-batch=16)
+    [[ $device == cpu || -f $checkpoints/$xl/config.json ]] ||
+        PYTHONPATH="benchmarks:$PYTHONPATH" run 120 weights "$python" -c "
+import pathlib, subjects, torch
+subjects.find_checkpoint('$xl', pathlib.Path('$checkpoints'), torch.device('$device'))"
     run "$1" "$2" "$python" "benchmarks/$2.py" "${flags[@]}" --json "$out/$2.json" "${@:3}"
 }
 part() {
     case $1 in
-    first) for each in kernels engine parity tune ops; do part $each; done ;;
-    second) for each in none autoguidance profile http; do part $each; done ;;
-    third) for each in compiled step; do part $each; done ;;
-    fourth) part training ;;
-    fifth) for each in cfg ablation; do part $each; done ;;
-    sixth) for each in xl512 start deterministic; do part $each; done ;;
-    last) for each in load kills forward; do part $each; done ;;
     kernels)
         if [[ $device == cuda ]]; then workers=8 tests 420 kernels tests/kernels; else
             tests 300 kernels tests/kernels/test_adaln.py; fi
@@ -152,14 +175,10 @@ part() {
     xl512) xl=$xl512 throughput 300 xl512 --part sweep --batch 8 --batch 1 --batch 32 ;;
     deterministic) throughput 300 deterministic --guidance none --part deterministic ;;
     compiled) throughput 470 compiled --guidance none --part compiled --batch 32 --batch 1 ;;
-    *) echo "gpu.sh: no part $1" >&2 && exit 2 ;;
     esac
 }
 sizes=()
 [[ $device == cpu ]] || for size in 32 1 8 64 2 4 16; do sizes+=(--batch $size); done
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
-for each in "${@:-first second third fourth fifth sixth last ops-compile}"; do
-    # shellcheck disable=SC2086 # the default is a list
-    for name in $each; do part "$name"; done
-done
+for each in "${parts[@]}"; do part "$each"; done
 exit $failed

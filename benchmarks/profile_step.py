@@ -42,7 +42,7 @@ GROUPS = {
     "attention": r"attention|flash|fmha|sdpa|_rope|softmax|bmm",
     "residual sites": r"adaln|rms_?norm|layer_norm",
     "swiglu": r"swiglu|silu",
-    "linears": r"gemm|nvjet|cutlass|xmma|cublas|splitk|linear|addmm|aten::mm",
+    "linears": r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|linear|addmm|aten::mm",
     "euler": r"guided_euler",
 }
 STEPS = 10

@@ -149,6 +149,7 @@ def tune(
     measured = {"gpu": name, **versions, "date": date.today().isoformat()}
     rest = tuple(entry for entry in fallback.entries if not entry.dims)
     table = Table(name, rest, measured)
+    entries: list[Entry] = []
     for shape in shapes:
         try:
             entry = fastest(shape, candidates[shape.op], fallback, device)
@@ -156,15 +157,18 @@ def tune(
             logger.warning("%s is left out: %s", shape, error)
             continue
         say(f"{entry.op} {entry.dtype} {dict(entry.dims)}: {entry.choice}, {dict(entry.p50_us)} µs")
-        table = Table(name, (*table.entries[: -len(rest)], entry, *rest), measured)
+        entries.append(entry)
+        table = Table(name, (*entries, *rest), measured)
         keep(table)
     return table
 
 
 def write(table: Table, path: Path) -> None:
-    """An entry to a line, as `Table.read` takes it."""
+    """An entry to a line, as `Table.read` takes it; as a whole, for whoever is ended meanwhile."""
     lines = ",\n".join(json.dumps(asdict(entry)) for entry in table.entries)
-    path.write_text(f'{{"measured": {json.dumps(table.measured)}, "entries": [\n{lines}\n]}}\n')
+    partial = path.with_suffix(".tmp")
+    partial.write_text(f'{{"measured": {json.dumps(table.measured)}, "entries": [\n{lines}\n]}}\n')
+    partial.replace(path)
 
 
 def tune_gpu(out: Path | None, say: Callable[[str], object]) -> Path:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ SNAPSHOTS = "snapshots"
 """Their folder, in a run's."""
 NAME = re.compile(r"step-(\d{9})")
 PARTIAL, DAMAGED = ".partial", ".damaged"
+MAX_REASON = 300  # characters: torch gives advice on pickles
 
 
 class Snapshots:
@@ -178,7 +180,7 @@ def read(path: Path, state: dict[str, Any], *, alone: bool) -> None:
         first, _ = next(iter(error.failures.values()))
         if not isinstance(first, Exception):  # Ctrl-C is no damage
             raise first from None
-        reason = " ".join(f"{type(first).__name__}: {first}".split())
+        reason = shorten(f"{type(first).__name__}: {first}", MAX_REASON).removesuffix(":")
         raise ValueError(f"{path} does not fit this run, or is damaged: {reason}") from error
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} does not fit this run: {error}") from error

@@ -36,6 +36,7 @@ def fill(folder: Path, forward_ms: float = 17.5, model: str = MODEL) -> None:
     guided = [row("ours", n, 1, images_per_s=rate) for n, rate in ((1, 12.0), (32, 26.5))]
     write(folder / "autoguidance" / "throughput.json", rows=guided)
     write(folder / "http.json", alone_s={"p50": 0.0555})
+    write(folder / "train-step-XL.json", bf16={"64": {"faster_ms": 9, "faster_compiled_ms": 1.3}})
 
 
 def test_all_goals_are_met(tmp_path: Path) -> None:
@@ -45,7 +46,14 @@ def test_all_goals_are_met(tmp_path: Path) -> None:
     assert "device NVIDIA H200" in result.stdout
     assert "| 1 | 1.2 | - | - | - | 0.5 |\n| 32 | 17.5 | 40 | - | 24 | 0.5 |\n" in result.stdout
     goals = [line for line in result.stdout.splitlines() if line.endswith("| met |")]
-    assert [goal.split(" | ")[2] for goal in goals] == ["17.5", "26.5", "55.5", "2.25", "1.31"]
+    assert [goal.split(" | ")[2] for goal in goals] == [
+        "17.5",
+        "26.5",
+        "55.5",
+        "2.25",
+        "1.31",
+        "1.3",
+    ]
 
 
 def test_what_is_missed_or_was_not_measured_is_said(tmp_path: Path) -> None:

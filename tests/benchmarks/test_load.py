@@ -8,10 +8,10 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,6 +80,27 @@ def with_server(reply: Reply, use: Callable[[int], Awaitable[None]]) -> int:
 
     asyncio.run(main())
     return len(connections)
+
+
+@pytest.mark.parametrize("script", ["load", "kills"])
+def test_flags_are_handed_to_the_server(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, started = importlib.import_module(script), list[Sequence[str]]()
+
+    def start(folder: Path | None, flags: Sequence[str]) -> None:
+        started.append(flags)
+        raise LookupError("no server")
+
+    monkeypatch.setattr(module, "start_server", start)
+    flags = ["--deterministic", "--max-batch=16"]
+    monkeypatch.setattr(sys, "argv", [script, *(f"--serve={flag}" for flag in flags)])
+    with pytest.raises(LookupError):
+        module.main()
+    assert started == [flags]
+    if script == "load":  # its second server has a queue for the capacity of the first
+        args = SimpleNamespace(model=None, serve=flags, seed=0, queue_s=3)
+        with pytest.raises(LookupError):
+            asyncio.run(module.measure_open(args, {"evaluations_per_s": 100.0}))
+        assert started[1] == ["--max-queue=300", *flags]
 
 
 def test_arrivals_are_a_poisson_process(arrivals: ModuleType) -> None:

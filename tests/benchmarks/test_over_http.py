@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,15 @@ def test_a_run_on_the_tiny_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> 
     assert figures["met"] == (figures["ratio"] >= 0.95) == (result.returncode == 0)
     assert 0.1 < figures["png_kb"] < 2
     assert 0 < figures["alone_s"]["p50"] <= figures["alone_s"]["max"] < 60
+
+
+def test_the_first_request_alone_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    over_http = importlib.import_module("over_http")
+    seconds = iter([9.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(over_http, "run_client", lambda *_: SimpleNamespace(seconds=next(seconds)))
+    found = over_http.time_alone(None, [None] * 4)
+    assert (found["p50"], found["max"]) == (2.0, 3.0)
 
 
 def test_turns_are_compared_in_pairs_and_images_one_by_one(

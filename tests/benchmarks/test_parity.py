@@ -35,6 +35,8 @@ def test_every_golden_output_is_reproduced(flags: tuple[str, ...]) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert lines[-1].endswith("0 above their bound")
+    (decoder,) = (line for line in lines if line.startswith("decoder_a image "))
+    assert (float(decoder.split()[2]) > 1e-4) == ("bf16" in flags)  # which rounds
     assert sum("manifest" in line for line in lines) == 14
     for output in (
         "euler_autoguidance_1.42",

@@ -30,6 +30,7 @@ def profile_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "linears"),
         ("void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("void gemv2T_kernel_val<int, int, __nv_bfloat16, 128, 16, 4, 4, false>", "linears"),
         ("_rope_kernel", "attention"),
         ("_silu_mul_kernel", "swiglu"),
         ("_guided_euler_kernel", "euler"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from rae.kernels import adaln, tune
 from rae.kernels.dispatch import Table
-from rae.kernels.tune_problems import Op, Shape
+from rae.kernels.tune_problems import Op, Shape, adaln_problem
 from rae.server.cli import app
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,6 +101,37 @@ def test_a_shape_beyond_the_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(adaln, "adaln_ref", beyond)
     table = tune.tune(torch.device(DEVICE), (SHAPES[0], SHAPES[3]), CANDIDATES)
     assert [entry.op for entry in table.entries if entry.dims] == ["guided_euler"]
+
+
+def test_a_gpus_table_is_whole_after_each_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is ended leaves what was measured."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune, "HAS_TRITON", True)
+    path = tmp_path / "new" / "gpu.json"
+    written: list[int] = []
+    entries = Table.read(tune.TABLES / "sm_90.json").entries
+
+    def measured(device: torch.device, say: object, keep: Callable[[Table], None]) -> Table:
+        for end in (1, 2):
+            keep(Table("gpu", entries[:end], {}))
+            written.append(len(Table.read(path).entries))
+        return Table("gpu", entries, {})
+
+    monkeypatch.setattr(tune, "tune", measured)
+    assert tune.tune_gpu(path, say=str) == path
+    assert written == [1, 2]
+    assert Table.read(path).entries == entries
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_rows_beyond_a_samples_tokens_are_of_several_samples() -> None:
+    """As the models have them: a kernel is compiled for the number of tokens."""
+    shape = Shape("adaln", FP32, {"dim": 24, "rows": 512})
+    problem = adaln_problem(shape, torch.device(DEVICE))
+    assert problem.reference().shape == (2, 256, 24)
 
 
 def test_the_command_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,13 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -80,17 +82,25 @@ def index_of(samples: ImageSamples, **options: Any) -> LatentIndex:  # noqa: ANN
     return LatentIndex(**values | options)
 
 
-def encode(folder: Path, out: Path, *, batch_size: int = 2, **options: Any) -> LatentIndex:  # noqa: ANN401 - as above
+def encode(
+    folder: Path,
+    out: Path,
+    *,
+    batch_size: int = 2,
+    world: World = WORLD,
+    on_batch: Callable[[int], None] = lambda num: None,
+    **options: Any,  # noqa: ANN401 - as above
+) -> LatentIndex:
     samples = images(folder)
     return encode_dataset(
         samples,
         Pool(),  # type: ignore[arg-type]
         out,
         index_of(samples, **options),
-        WORLD,
+        world,
         batch_size=batch_size,
         num_workers=0,
-        on_batch=lambda num: None,
+        on_batch=on_batch,
     )
 
 
@@ -282,6 +292,40 @@ def test_what_is_damaged_or_missing_is_made_again(
     assert told == [f"{out}: made again: {', '.join(lost)}"]
 
 
+def test_processes_share_what_is_to_be_made_again(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "latents"
+    index = encode(folder, out)
+    expected = contents(out)
+    for number in (0, 2, 4):
+        os.truncate(out / f"shard-0000{number}.safetensors", 1000)
+    meeting, done = Barrier(2, timeout=60), list[int]()
+    given: dict[int, Any] = {}
+
+    class Thread(World):
+        def barrier(self) -> None:
+            meeting.wait()
+
+        def gather(self, value: Any) -> list[Any]:  # noqa: ANN401
+            given[self.rank] = value
+            meeting.wait()
+            values = [given[rank] for rank in range(self.size)]
+            meeting.wait()
+            return values
+
+    def run(rank: int) -> LatentIndex:
+        world = Thread(rank, 2, torch.device("cpu"))
+        return encode(folder, out, world=world, on_batch=done.append)
+
+    caplog.clear()
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [index, index]
+    assert contents(out) == expected
+    assert sum(done) == 23
+    assert [r.getMessage().count("(damaged)") for r in caplog.records if "again" in r.msg] == [3]
+
+
 def test_nothing_readable_and_values_that_do_not_fit_are_told(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +366,9 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> 
         index.write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=message):
             LatentShards(tmp_path / "latents")
+    os.truncate(index, 100)
+    with pytest.raises(ValueError, match=r"index.json is damaged \(.*\): remove it, then `rae"):
+        encode(folder, tmp_path / "latents")
 
 
 def test_latents_know_the_names_of_their_classes(folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import fcntl
 import logging
 import tarfile
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from rae.training.claim import claimed, read_claim
@@ -45,14 +47,18 @@ def test_what_fails_within_is_no_lack_of_locks(
     assert len(caplog.records) == 1
 
 
+def write_tar(folder: Path) -> None:
+    image = folder / "a.png"
+    image.write_bytes(b"pixels")
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        archive.add(image, "a.png")
+
+
 @pytest.mark.usefixtures("no_locks")
 def test_tar_files_are_indexed_without_locks(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    image = tmp_path / "a.png"
-    image.write_bytes(b"pixels")
-    with tarfile.open(tmp_path / "0.tar", "w") as archive:
-        archive.add(image, "a.png")
+    write_tar(tmp_path)
     with caplog.at_level(logging.WARNING):
         assert TarShards([tmp_path / "0.tar"], tmp_path / "cache").read(0) == b"pixels"
     (message,) = [record.getMessage() for record in caplog.records]
@@ -61,3 +67,23 @@ def test_tar_files_are_indexed_without_locks(
         "the last one's stays"
     )
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock", ".npz"}
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_an_index_that_two_make_at_once_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may have the same process id, on two machines with one home."""
+    write_tar(tmp_path)
+    savez, opened = np.savez, [False]
+
+    def meanwhile(*arguments: Any, **arrays: Any) -> None:  # noqa: ANN401
+        if not opened[0]:
+            opened[0] = True
+            TarShards([tmp_path / "0.tar"], tmp_path / "cache")
+        savez(*arguments, **arrays)
+
+    monkeypatch.setattr(np, "savez", meanwhile)
+    for _ in range(2):
+        assert TarShards([tmp_path / "0.tar"], tmp_path / "cache").read(0) == b"pixels"
+    assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -230,6 +230,7 @@ def test_digits_are_planned_for_as_many_images_as_are_made() -> None:
     assert images_of("MAE-B-256") == images_of("DiT-S-256") == IMAGENET_IMAGES
     _, text = run("digits", "--gpus", "1", "--micro-batch", "1")
     assert "steps an epoch of 25,500 images" in text
+    assert "steps an epoch of 51,000 images" in run("digits", "--images", "51000")[1]
     assert "activations of 1 image," in text
     assert "Fits: 1 GPU × 1 image × 128 micro-batches = a batch of 128." in text
 

@@ -83,6 +83,8 @@ class LatentIndex:
             values["class_names"] = tuple(values.get("class_names", ()))
             values["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
             return from_dict(cls, values)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it, then {MEND}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from error
 

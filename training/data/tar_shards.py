@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from secrets import token_hex
 from typing import NamedTuple
 
 import numpy as np
@@ -87,7 +88,7 @@ def load_index(shards: Sequence[Path], cache: Path) -> dict[str, np.ndarray]:
         if index is None:
             logger.info("indexing %d tar files into %s", len(shards), path)
             index = {"state": state, **make_index(shards)}
-            partial = path.with_suffix(f".{os.getpid()}.tmp")
+            partial = path.with_suffix(f".{token_hex(8)}.tmp")  # a pid is also another machine's
             with partial.open("wb") as file:
                 np.savez(file, **index)  # type: ignore[arg-type]
             partial.replace(path)
