@@ -281,7 +281,7 @@ class Engine:
             images = self._runner.shrink_decoding(len(samples))
             log.warning("from now on at most %d images are decoded at a time", images)
             return
-        smaller = self._runner.buckets.below(sum(s.plan.model_rows(s.step) for s in samples))
+        smaller = self._runner.buckets.below(sum(s.model_rows for s in samples))
         if smaller is not None:
             with self._wake:
                 self._scheduler.max_rows = min(self._scheduler.max_rows, smaller.largest)
@@ -291,8 +291,8 @@ class Engine:
         """0 where no such thing was measured yet."""
         if stage == "decode":
             return self._image_s * len(samples)
-        rows = sum(sample.plan.model_rows(sample.step) for sample in samples)
-        guide_rows = sum(sample.plan.guide_rows(sample.step) for sample in samples)
+        rows = sum(sample.model_rows for sample in samples)
+        guide_rows = sum(sample.guide_rows for sample in samples)
         times = self._scheduler.step_times
         return times.seconds(rows, guide_rows) if times.model else 0.0
 
@@ -315,7 +315,7 @@ class Engine:
     def _advance(self, samples: Sequence[Sample]) -> list[Sample]:
         """Count what was evaluated; those for whom it was the last."""
         self._step_s = self._expected_s("step", samples)
-        rows = sum(sample.plan.cost(sample.step) for sample in samples)
+        rows = sum(sample.step_cost for sample in samples)
         saved = sum(sample.plan.saved(sample.step) for sample in samples)
         self._observer.evaluated(rows, saved)
         now = time.perf_counter()
