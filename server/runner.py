@@ -7,8 +7,6 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -18,10 +16,10 @@ from rae.kernels.dispatch import selected
 from rae.kernels.guided_euler import guided_euler
 from rae.models.cache import cache_folder
 from rae.models.checkpoint import Checkpoint
-from rae.models.config import GuidanceMethod, Solver
+from rae.models.config import Solver
 from rae.models.dit_dh import DiTDH
 from rae.models.guidance import Guidance
-from rae.models.sampling import denoise, draw_noise, timesteps
+from rae.models.sampling import denoise, draw_noise
 from rae.server.conditioning import ConditioningCache, bytes_per_row
 from rae.server.decoding import Decoding, ImageDecoder
 from rae.server.descriptors import RUN_AHEAD, Descriptors, to_device
@@ -36,6 +34,7 @@ from rae.server.devices import (
 from rae.server.evaluation import Evaluation
 from rae.server.graphs import Buckets, compile_regions, keep_compiled
 from rae.server.memory import free_cached, memory_errors
+from rae.server.plans import Planner
 from rae.server.request import ImageSpec, Plan
 from rae.server.settings import Attention, Compile, Kernels, Precision
 
@@ -94,7 +93,7 @@ class Runner:
             options.compile == "auto" and device.type == "cuda"
         )
         sizes = checkpoint.num_parameters
-        self._guide_cost = sizes.get("guide", 0) / sizes["dit_dh"]
+        self.plan = Planner(config, guide_cost=sizes.get("guide", 0) / sizes["dit_dh"])
         self._dit_dh, self._guide = checkpoint.dit_dh, checkpoint.guide
         for model in (checkpoint.dit_dh, checkpoint.guide, checkpoint.rae):
             if model is not None:
@@ -117,7 +116,6 @@ class Runner:
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._in_flight: deque[tuple[torch.cuda.Event, torch.cuda.Event, int, int]] = deque()
         self._over: StepTiming | None = None
-        self._cached_plan = lru_cache(maxsize=1024)(self._make_plan)
 
     def enter_thread(self) -> None:
         """Make the device the calling thread's, where it has a number: Triton, events and graphs
@@ -181,30 +179,6 @@ class Runner:
         """All weights of matmuls are stored in the dtype: there is no cast to be remembered."""
         enabled = self._dtype != torch.float32
         return torch.autocast(self.device.type, self._dtype, enabled=enabled, cache_enabled=False)
-
-    def plan(self, spec: ImageSpec) -> Plan:
-        """The plan of an image; the null label has no use for CFG, whose branches would agree."""
-        is_null = spec.class_label == self.config.dit_dh.null_label
-        off = spec.guidance_method == "cfg" and is_null
-        return self._cached_plan(
-            spec.steps, 1.0 if off else spec.cfg, spec.guidance_interval, spec.guidance_method
-        )
-
-    def _make_plan(
-        self, steps: int, cfg: float, interval: tuple[float, float], method: GuidanceMethod
-    ) -> Plan:
-        grid = timesteps(steps, self.config.shift)
-        guided = tuple(Guidance(cfg, interval, method).active(grid[:-1]).tolist())
-        second = self._guide_cost if method == "autoguidance" else 1.0
-        falling = accumulate((1 + second * flag for flag in reversed(guided)), initial=0.0)
-        return Plan(
-            times=tuple(grid.tolist()),
-            scale=cfg,
-            method=method,
-            guided=guided,
-            costs=tuple(falling)[::-1],
-            second=second,
-        )
 
     @memory_errors()
     def start(self, slot: int, spec: ImageSpec) -> None:
