@@ -15,9 +15,10 @@ from rae.models.checkpoint import Checkpoint
 from rae.server.activity import Activity
 from rae.server.devices import DeviceUse, device_use, resolve_device
 from rae.server.errors import DeadlineError, EngineClosedError, GenerationError, QueueFullError
+from rae.server.in_flight import StepTiming
 from rae.server.memory import NoMemoryError
 from rae.server.request import Generated, ImageSpec, Priority, Request, Sample
-from rae.server.runner import Decoding, Runner, RunnerOptions, StepTiming
+from rae.server.runner import Decoding, Runner, RunnerOptions
 from rae.server.scheduler import Scheduler
 from rae.server.step_times import StepTimes
 from rae.server.warm_up import remember, remembered, step_times_file, warm_up

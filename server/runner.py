@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +19,7 @@ from rae.models.guidance import Guidance
 from rae.models.sampling import denoise, draw_noise
 from rae.server.conditioning import ConditioningCache, bytes_per_row
 from rae.server.decoding import Decoding, ImageDecoder
-from rae.server.descriptors import RUN_AHEAD, Descriptors, to_device
+from rae.server.descriptors import Descriptors, to_device
 from rae.server.devices import (
     Layers,
     conditioning_bytes,
@@ -33,6 +30,7 @@ from rae.server.devices import (
 )
 from rae.server.evaluation import Evaluation
 from rae.server.graphs import Buckets, compile_regions, keep_compiled
+from rae.server.in_flight import InFlight, StepTiming
 from rae.server.memory import free_cached, memory_errors
 from rae.server.plans import Planner
 from rae.server.request import ImageSpec, Plan
@@ -63,14 +61,6 @@ class RunnerOptions:
     graphs: bool = True
     conditioning_bytes: int | None = None
     deterministic: bool = False
-
-
-class StepTiming(NamedTuple):
-    """A step that is over: its rows, pads not counted, and how long the device took."""
-
-    model_rows: int
-    guide_rows: int
-    seconds: float
 
 
 class Runner:
@@ -114,8 +104,7 @@ class Runner:
             checkpoint.rae, device, decoded, self.autocast, captures=self.captures
         )
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._in_flight: deque[tuple[torch.cuda.Event, torch.cuda.Event, int, int]] = deque()
-        self._over: StepTiming | None = None
+        self._in_flight = InFlight(device)
 
     def enter_thread(self) -> None:
         """Make the device the calling thread's, where it has a number: Triton, events and graphs
@@ -207,43 +196,25 @@ class Runner:
         """
         self.wait()
         num_model, num_guide = self._describe(rows)
-        started = time.perf_counter()
-        begin = self._event()
-        velocity, guide_velocity = self._velocities(num_model, num_guide)
-        read = self._descriptors.read
-        updated = len(velocity) if self.buckets.sizes else len(rows)
-        guided_euler(
-            self.latents,
-            read["targets"][:updated],
-            read["dt"][:updated],
-            velocity,
-            read["weak_rows"][:updated],
-            read["scales"][:updated],
-            guide_velocity,
-            kernels=self.options.kernels,
-        )
-        end = self._event()
-        if begin is None or end is None:
-            self._over = StepTiming(num_model, num_guide, time.perf_counter() - started)
-        else:
-            self._in_flight.append((begin, end, num_model, num_guide))
-
-    def _event(self) -> torch.cuda.Event | None:
-        if self.device.type != "cuda":
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        with self._in_flight.step(num_model, num_guide):
+            velocity, guide_velocity = self._velocities(num_model, num_guide)
+            read = self._descriptors.read
+            updated = len(velocity) if self.buckets.sizes else len(rows)
+            guided_euler(
+                self.latents,
+                read["targets"][:updated],
+                read["dt"][:updated],
+                velocity,
+                read["weak_rows"][:updated],
+                read["scales"][:updated],
+                guide_velocity,
+                kernels=self.options.kernels,
+            )
 
     def wait(self) -> StepTiming | None:
         """Wait until another step may be enqueued. The step that ended with that, if one did; what
         a step is to do is best decided after this."""
-        over, self._over = self._over, None
-        if len(self._in_flight) == RUN_AHEAD:
-            begin, end, num_model, num_guide = self._in_flight.popleft()
-            end.synchronize()
-            over = StepTiming(num_model, num_guide, begin.elapsed_time(end) / 1000)
-        return over
+        return self._in_flight.wait()
 
     def free(self) -> None:
         """After NoMemoryError was handled: wait for the steps, and let go of what is cached."""
