@@ -17,6 +17,7 @@ from rae.server.devices import DeviceUse, device_use, resolve_device
 from rae.server.errors import DeadlineError, EngineClosedError, GenerationError, QueueFullError
 from rae.server.in_flight import StepTiming
 from rae.server.memory import NoMemoryError
+from rae.server.messages import Facts
 from rae.server.request import Generated, ImageSpec, Priority, Request, Sample
 from rae.server.runner import Decoding, Runner, RunnerOptions
 from rae.server.scheduler import Scheduler
@@ -65,9 +66,9 @@ class Engine:
             deterministic=settings.deterministic,
             conditioning_bytes=None if megabytes is None else megabytes * 2**20,
         )
+        self._num_parameters = checkpoint.num_parameters
         self._runner = Runner(checkpoint, device, options)
         self._step_times_file = step_times_file(checkpoint, self._runner)
-        self.device = device.type
         self.precision = self._runner.precision
         self.max_queue = settings.max_queue
         self._max_rows = settings.max_batch
@@ -87,21 +88,8 @@ class Engine:
         self._receiver = ThreadPoolExecutor(1, "decoded") if device.type == "cuda" else None
 
     @property
-    def layers(self) -> str:
-        """How the models' layers run: "fused" on the kernels, "packed" for a CPU, or "plain"."""
-        return self._runner.layers
-
-    @property
-    def compiles(self) -> bool:
-        return self._runner.compiles
-
-    @property
     def num_slots(self) -> int:
         return self._runner.num_slots
-
-    @property
-    def implementations(self) -> dict[str, list[str]]:
-        return self._runner.implementations
 
     @property
     def waiting(self) -> int:
@@ -123,6 +111,19 @@ class Engine:
         """Of the model in a step: what was asked for, or less where that did not fit into the
         memory."""
         return self._scheduler.max_rows
+
+    def facts(self) -> Facts:
+        """What runs here."""
+        runner = self._runner
+        return Facts(
+            device=runner.device.type,
+            precision=runner.precision,
+            layers=runner.layers,
+            compiles=runner.compiles,
+            num_slots=runner.num_slots,
+            num_parameters=self._num_parameters,
+            implementations=runner.implementations,
+        )
 
     def activity(self) -> tuple[float, float]:
         """Seconds since the step or decoding that runs began, and those it is expected to take, 0
