@@ -71,7 +71,6 @@ class Engine:
         self._step_times_file = step_times_file(checkpoint, self._runner)
         self.precision = self._runner.precision
         self.max_queue = settings.max_queue
-        self._max_rows = settings.max_batch
         self.ready = False
         self.failure: str | None = None
         self.failure_detail = ""  # with what no client is told, as paths
@@ -415,7 +414,7 @@ class Engine:
         step_times = warm_up(self._runner, say, remembered(self._step_times_file))
         with self._wake:
             self._scheduler.step_times = step_times
-            self._scheduler.max_rows = min(self._max_rows, self._runner.buckets.largest)
+            self._scheduler.max_rows = min(self.max_rows, self._runner.buckets.largest)
         started = time.perf_counter()
         self._runner.decode([0]).images()
         self._image_s = time.perf_counter() - started
