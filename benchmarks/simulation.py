@@ -58,8 +58,8 @@ class Device:
         """Returns how long it takes, in seconds; decoding comes after the step."""
         self.stepping = self.scheduler.select()
         assert self.stepping
-        model_rows = sum(sample.plan.model_rows(sample.step) for sample in self.stepping)
-        guide_rows = sum(sample.plan.guide_rows(sample.step) for sample in self.stepping)
+        model_rows = sum(sample.model_rows for sample in self.stepping)
+        guide_rows = sum(sample.guide_rows for sample in self.stepping)
         ending = sum(sample.step + 1 == sample.spec.num_evaluations for sample in self.stepping)
         return self.step_times.seconds(model_rows, guide_rows) + ending * DECODE_S
 

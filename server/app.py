@@ -23,6 +23,7 @@ from rae.models.checkpoint_config import CheckpointConfig
 from rae.server import errors
 from rae.server.access import Access
 from rae.server.accounting import AccountMiddleware
+from rae.server.error_responses import add_error_handlers
 from rae.server.generate import Generate
 from rae.server.images import mime_type
 from rae.server.limits import Limits
@@ -87,7 +88,7 @@ def create_app(
         )
     app.add_middleware(AccountMiddleware, metrics=metrics, tracing=tracing)
     app.add_middleware(RequestIdMiddleware)
-    errors.add_error_handlers(app)
+    add_error_handlers(app)
     add_routes(app, Service(pool, config, sha256, metrics, settings))
     return app
 

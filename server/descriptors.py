@@ -8,9 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Steps that the host may be ahead of the device. Two keep it busy; more would make a request that
-# arrives wait for steps that it cannot join.
-RUN_AHEAD = 2
+from rae.server.in_flight import RUN_AHEAD
 
 INTEGERS = (
     "slots",  # of each row of the model: whose latents it reads

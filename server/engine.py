@@ -15,9 +15,11 @@ from rae.models.checkpoint import Checkpoint
 from rae.server.activity import Activity
 from rae.server.devices import DeviceUse, device_use, resolve_device
 from rae.server.errors import DeadlineError, EngineClosedError, GenerationError, QueueFullError
+from rae.server.in_flight import StepTiming
 from rae.server.memory import NoMemoryError
+from rae.server.messages import Facts
 from rae.server.request import Generated, ImageSpec, Priority, Request, Sample
-from rae.server.runner import Decoding, Runner, RunnerOptions, StepTiming
+from rae.server.runner import Decoding, Runner, RunnerOptions
 from rae.server.scheduler import Scheduler
 from rae.server.step_times import StepTimes
 from rae.server.warm_up import remember, remembered, step_times_file, warm_up
@@ -64,12 +66,11 @@ class Engine:
             deterministic=settings.deterministic,
             conditioning_bytes=None if megabytes is None else megabytes * 2**20,
         )
+        self._num_parameters = checkpoint.num_parameters
         self._runner = Runner(checkpoint, device, options)
         self._step_times_file = step_times_file(checkpoint, self._runner)
-        self.device = device.type
         self.precision = self._runner.precision
         self.max_queue = settings.max_queue
-        self._max_rows = settings.max_batch
         self.ready = False
         self.failure: str | None = None
         self.failure_detail = ""  # with what no client is told, as paths
@@ -86,21 +87,8 @@ class Engine:
         self._receiver = ThreadPoolExecutor(1, "decoded") if device.type == "cuda" else None
 
     @property
-    def layers(self) -> str:
-        """How the models' layers run: "fused" on the kernels, "packed" for a CPU, or "plain"."""
-        return self._runner.layers
-
-    @property
-    def compiles(self) -> bool:
-        return self._runner.compiles
-
-    @property
     def num_slots(self) -> int:
         return self._runner.num_slots
-
-    @property
-    def implementations(self) -> dict[str, list[str]]:
-        return self._runner.implementations
 
     @property
     def waiting(self) -> int:
@@ -122,6 +110,19 @@ class Engine:
         """Of the model in a step: what was asked for, or less where that did not fit into the
         memory."""
         return self._scheduler.max_rows
+
+    def facts(self) -> Facts:
+        """What runs here."""
+        runner = self._runner
+        return Facts(
+            device=runner.device.type,
+            precision=runner.precision,
+            layers=runner.layers,
+            compiles=runner.compiles,
+            num_slots=runner.num_slots,
+            num_parameters=self._num_parameters,
+            implementations=runner.implementations,
+        )
 
     def activity(self) -> tuple[float, float]:
         """Seconds since the step or decoding that runs began, and those it is expected to take, 0
@@ -281,7 +282,7 @@ class Engine:
             images = self._runner.shrink_decoding(len(samples))
             log.warning("from now on at most %d images are decoded at a time", images)
             return
-        smaller = self._runner.buckets.below(sum(s.plan.model_rows(s.step) for s in samples))
+        smaller = self._runner.buckets.below(sum(s.model_rows for s in samples))
         if smaller is not None:
             with self._wake:
                 self._scheduler.max_rows = min(self._scheduler.max_rows, smaller.largest)
@@ -291,8 +292,8 @@ class Engine:
         """0 where no such thing was measured yet."""
         if stage == "decode":
             return self._image_s * len(samples)
-        rows = sum(sample.plan.model_rows(sample.step) for sample in samples)
-        guide_rows = sum(sample.plan.guide_rows(sample.step) for sample in samples)
+        rows = sum(sample.model_rows for sample in samples)
+        guide_rows = sum(sample.guide_rows for sample in samples)
         times = self._scheduler.step_times
         return times.seconds(rows, guide_rows) if times.model else 0.0
 
@@ -315,7 +316,7 @@ class Engine:
     def _advance(self, samples: Sequence[Sample]) -> list[Sample]:
         """Count what was evaluated; those for whom it was the last."""
         self._step_s = self._expected_s("step", samples)
-        rows = sum(sample.plan.cost(sample.step) for sample in samples)
+        rows = sum(sample.step_cost for sample in samples)
         saved = sum(sample.plan.saved(sample.step) for sample in samples)
         self._observer.evaluated(rows, saved)
         now = time.perf_counter()
@@ -413,7 +414,7 @@ class Engine:
         step_times = warm_up(self._runner, say, remembered(self._step_times_file))
         with self._wake:
             self._scheduler.step_times = step_times
-            self._scheduler.max_rows = min(self._max_rows, self._runner.buckets.largest)
+            self._scheduler.max_rows = min(self.max_rows, self._runner.buckets.largest)
         started = time.perf_counter()
         self._runner.decode([0]).images()
         self._image_s = time.perf_counter() - started

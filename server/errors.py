@@ -1,4 +1,7 @@
-"""What can go wrong with a request: one exception per HTTP status, mapped to responses here."""
+"""What can go wrong with a request: one exception per HTTP status, and the body that says so.
+
+They travel between processes, so there is no web framework here: `error_responses` has that.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
-
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
-
-from rae.server.limits import clean
 
 FailureReason = Literal[
     "step",
@@ -39,7 +36,7 @@ class Detail:
 
 
 class ApiError(Exception):
-    """Ends a request with `status` and a body that `error_response` writes."""
+    """Ends a request with `status` and a body that `error_body` makes."""
 
     status: ClassVar[int]
     type: ClassVar[str]
@@ -283,51 +280,3 @@ def error_body(
     """The JSON of every error, whoever finds it."""
     error = {"type": kind, "message": message, "details": [asdict(detail) for detail in details]}
     return {"error": error, "request_id": request_id}
-
-
-def error_response(
-    request: Request,
-    status: int,
-    kind: str,
-    message: str,
-    *,
-    headers: Mapping[str, str] | None = None,
-    details: Sequence[Detail] = (),
-) -> JSONResponse:
-    request_id = request.scope["state"]["request_id"]
-    headers = {"x-request-id": request_id, **(headers or {})}
-    return JSONResponse(error_body(kind, message, request_id, details), status, headers)
-
-
-async def _api_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
-    request.scope["state"]["failure"] = error.reason
-    return error_response(
-        request,
-        error.status,
-        error.type,
-        str(error),
-        headers=error.headers,
-        details=error.details,
-    )
-
-
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    path, method = clean(request.scope["path"]), request.method
-    kind, message = {
-        404: ("not_found", f"no such path: {path}; GET /docs lists them"),
-        405: ("method_not_allowed", f"{method} is not allowed for {path}"),
-    }.get(error.status_code, ("http_error", str(error.detail)))
-    return error_response(request, error.status_code, kind, message, headers=error.headers)
-
-
-async def _internal_error(request: Request, error: Exception) -> JSONResponse:
-    message = f"the server failed ({type(error).__name__}); its log says where"
-    return error_response(request, 500, "internal_error", message)
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _internal_error)

@@ -71,6 +71,7 @@ class Facts:
     device: str
     precision: str
     layers: str
+    """How the models' layers run: "fused" on the kernels, "packed" for a CPU, or "plain"."""
     compiles: bool
     num_slots: int
     num_parameters: Mapping[str, int]

@@ -22,7 +22,9 @@ from rae.server.errors import ApiError, EngineClosedError
 from rae.server.metrics import Metrics
 from rae.server.request import Generated, ImageSpec, Priority
 from rae.server.serve_settings import ServeSettings
-from rae.server.supervisor import Supervisor, Ticket, WorkerState
+from rae.server.supervisor import Supervisor
+from rae.server.ticket import Ticket
+from rae.server.worker_state import WorkerState
 
 log = logging.getLogger(__name__)
 

@@ -91,6 +91,19 @@ class Sample:
     image: np.ndarray | None = None
 
     @property
+    def model_rows(self) -> int:
+        """Of its next evaluation, as are `guide_rows` and `step_cost`."""
+        return self.plan.model_rows(self.step)
+
+    @property
+    def guide_rows(self) -> int:
+        return self.plan.guide_rows(self.step)
+
+    @property
+    def step_cost(self) -> float:
+        return self.plan.cost(self.step)
+
+    @property
     def remaining_cost(self) -> float:
         return self.plan.costs[self.step]
 

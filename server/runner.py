@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +13,13 @@ from rae.kernels.dispatch import selected
 from rae.kernels.guided_euler import guided_euler
 from rae.models.cache import cache_folder
 from rae.models.checkpoint import Checkpoint
-from rae.models.config import GuidanceMethod, Solver
+from rae.models.config import Solver
 from rae.models.dit_dh import DiTDH
 from rae.models.guidance import Guidance
-from rae.models.sampling import denoise, draw_noise, timesteps
+from rae.models.sampling import denoise, draw_noise
 from rae.server.conditioning import ConditioningCache, bytes_per_row
 from rae.server.decoding import Decoding, ImageDecoder
-from rae.server.descriptors import RUN_AHEAD, Descriptors, to_device
+from rae.server.descriptors import Descriptors, to_device
 from rae.server.devices import (
     Layers,
     conditioning_bytes,
@@ -35,7 +30,9 @@ from rae.server.devices import (
 )
 from rae.server.evaluation import Evaluation
 from rae.server.graphs import Buckets, compile_regions, keep_compiled
+from rae.server.in_flight import InFlight, StepTiming
 from rae.server.memory import free_cached, memory_errors
+from rae.server.plans import Planner
 from rae.server.request import ImageSpec, Plan
 from rae.server.settings import Attention, Compile, Kernels, Precision
 
@@ -66,14 +63,6 @@ class RunnerOptions:
     deterministic: bool = False
 
 
-class StepTiming(NamedTuple):
-    """A step that is over: its rows, pads not counted, and how long the device took."""
-
-    model_rows: int
-    guide_rows: int
-    seconds: float
-
-
 class Runner:
     """One image per slot, token-major and in fp32. A row is one evaluation of a model for one
     slot: with CFG a guided slot takes a second row of the model, with AutoGuidance one of the
@@ -94,7 +83,7 @@ class Runner:
             options.compile == "auto" and device.type == "cuda"
         )
         sizes = checkpoint.num_parameters
-        self._guide_cost = sizes.get("guide", 0) / sizes["dit_dh"]
+        self.plan = Planner(config, guide_cost=sizes.get("guide", 0) / sizes["dit_dh"])
         self._dit_dh, self._guide = checkpoint.dit_dh, checkpoint.guide
         for model in (checkpoint.dit_dh, checkpoint.guide, checkpoint.rae):
             if model is not None:
@@ -115,9 +104,7 @@ class Runner:
             checkpoint.rae, device, decoded, self.autocast, captures=self.captures
         )
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._in_flight: deque[tuple[torch.cuda.Event, torch.cuda.Event, int, int]] = deque()
-        self._over: StepTiming | None = None
-        self._cached_plan = lru_cache(maxsize=1024)(self._make_plan)
+        self._in_flight = InFlight(device)
 
     def enter_thread(self) -> None:
         """Make the device the calling thread's, where it has a number: Triton, events and graphs
@@ -182,30 +169,6 @@ class Runner:
         enabled = self._dtype != torch.float32
         return torch.autocast(self.device.type, self._dtype, enabled=enabled, cache_enabled=False)
 
-    def plan(self, spec: ImageSpec) -> Plan:
-        """The plan of an image; the null label has no use for CFG, whose branches would agree."""
-        is_null = spec.class_label == self.config.dit_dh.null_label
-        off = spec.guidance_method == "cfg" and is_null
-        return self._cached_plan(
-            spec.steps, 1.0 if off else spec.cfg, spec.guidance_interval, spec.guidance_method
-        )
-
-    def _make_plan(
-        self, steps: int, cfg: float, interval: tuple[float, float], method: GuidanceMethod
-    ) -> Plan:
-        grid = timesteps(steps, self.config.shift)
-        guided = tuple(Guidance(cfg, interval, method).active(grid[:-1]).tolist())
-        second = self._guide_cost if method == "autoguidance" else 1.0
-        falling = accumulate((1 + second * flag for flag in reversed(guided)), initial=0.0)
-        return Plan(
-            times=tuple(grid.tolist()),
-            scale=cfg,
-            method=method,
-            guided=guided,
-            costs=tuple(falling)[::-1],
-            second=second,
-        )
-
     @memory_errors()
     def start(self, slot: int, spec: ImageSpec) -> None:
         """Put an image's noise into a slot; once more is no harm. Raises NoMemoryError."""
@@ -233,43 +196,25 @@ class Runner:
         """
         self.wait()
         num_model, num_guide = self._describe(rows)
-        started = time.perf_counter()
-        begin = self._event()
-        velocity, guide_velocity = self._velocities(num_model, num_guide)
-        read = self._descriptors.read
-        updated = len(velocity) if self.buckets.sizes else len(rows)
-        guided_euler(
-            self.latents,
-            read["targets"][:updated],
-            read["dt"][:updated],
-            velocity,
-            read["weak_rows"][:updated],
-            read["scales"][:updated],
-            guide_velocity,
-            kernels=self.options.kernels,
-        )
-        end = self._event()
-        if begin is None or end is None:
-            self._over = StepTiming(num_model, num_guide, time.perf_counter() - started)
-        else:
-            self._in_flight.append((begin, end, num_model, num_guide))
-
-    def _event(self) -> torch.cuda.Event | None:
-        if self.device.type != "cuda":
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        with self._in_flight.step(num_model, num_guide):
+            velocity, guide_velocity = self._velocities(num_model, num_guide)
+            read = self._descriptors.read
+            updated = len(velocity) if self.buckets.sizes else len(rows)
+            guided_euler(
+                self.latents,
+                read["targets"][:updated],
+                read["dt"][:updated],
+                velocity,
+                read["weak_rows"][:updated],
+                read["scales"][:updated],
+                guide_velocity,
+                kernels=self.options.kernels,
+            )
 
     def wait(self) -> StepTiming | None:
         """Wait until another step may be enqueued. The step that ended with that, if one did; what
         a step is to do is best decided after this."""
-        over, self._over = self._over, None
-        if len(self._in_flight) == RUN_AHEAD:
-            begin, end, num_model, num_guide = self._in_flight.popleft()
-            end.synchronize()
-            over = StepTiming(num_model, num_guide, begin.elapsed_time(end) / 1000)
-        return over
+        return self._in_flight.wait()
 
     def free(self) -> None:
         """After NoMemoryError was handled: wait for the steps, and let go of what is cached."""

@@ -88,7 +88,7 @@ class Scheduler:
     def select(self) -> list[Sample]:
         """Who advances in the next step; those who were waiting get a slot."""
         selected = self._worthwhile(self._fill())
-        self._last_rows = sum(sample.plan.model_rows(sample.step) for sample in selected)
+        self._last_rows = sum(sample.model_rows for sample in selected)
         for sample in selected:
             if sample.slot < 0:
                 self._start(sample)
@@ -102,9 +102,8 @@ class Scheduler:
         samples = [sample for sample in samples if sample.request in self._costs]
         served = 0.0
         for sample in samples:
-            cost = sample.remaining_cost
+            cost = sample.step_cost
             sample.step += 1
-            cost -= sample.remaining_cost
             self._costs[sample.request] -= cost
             served += cost
         self.cost -= served
@@ -136,13 +135,13 @@ class Scheduler:
         cost = self._cost_until(requests)
         for request in new:
             self._order.remove(request, self._costs.pop(request))
-        more = sum(sample.plan.model_rows(sample.step) for sample in samples)
+        more = sum(sample.model_rows for sample in samples)
         return max(self.drain_s(cost, more), self._steps_s(samples))
 
     def drain_s(self, cost: float, more_rows: int = 0) -> float:
         """Seconds in which the device works off `cost`, in steps as full as those who are here, and
         others of `more_rows`, can make them: few images are slower than many."""
-        rows = more_rows + sum(s.plan.model_rows(s.step) for s in self._fill())
+        rows = more_rows + sum(s.model_rows for s in self._fill())
         return cost / self.step_times.rate(min(max(rows, 1), self.max_rows))
 
     def _cost_until(self, requests: set[Request]) -> float:
@@ -157,7 +156,7 @@ class Scheduler:
 
     def _steps_s(self, samples: Sequence[Sample]) -> float:
         """Seconds for the evaluations of `samples`, in steps as full as the last one was."""
-        rows = sum(sample.plan.model_rows(sample.step) for sample in samples)
+        rows = sum(sample.model_rows for sample in samples)
         rows = max(rows, self._last_rows) if self.running else rows
         step_s = self.step_times.seconds(min(rows, self.max_rows))
         return step_s * max(sample.spec.num_evaluations - sample.step for sample in samples)
@@ -177,7 +176,7 @@ class Scheduler:
         rows = 0
         # An image of two rows may leave the last row to a later one; nobody looks far for that.
         for sample in islice(self._candidates(), 2 * self.max_rows):
-            more = sample.plan.model_rows(sample.step)
+            more = sample.model_rows
             if filling and rows + more > self.max_rows:
                 continue
             filling.append(sample)
@@ -197,10 +196,9 @@ class Scheduler:
         model_rows = guide_rows = 0
         requests: set[Request] = set()
         for number, sample in enumerate(samples, 1):
-            step = sample.step
-            work += sample.plan.cost(step)
-            model_rows += sample.plan.model_rows(step)
-            guide_rows += sample.plan.guide_rows(step)
+            work += sample.step_cost
+            model_rows += sample.model_rows
+            guide_rows += sample.guide_rows
             requests.add(sample.request)
             turns = (len(self._costs) + MEAN_WEIGHT * len(requests)) / work
             score = self.step_times.seconds(model_rows, guide_rows) * turns

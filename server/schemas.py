@@ -18,7 +18,7 @@ from rae.server.limits import NUMBERS, Limits, clean, shown
 from rae.server.request import ImageSpec, Priority
 from rae.server.serve_settings import ServeSettings
 from rae.server.settings import ImageFormat
-from rae.server.supervisor import WorkerState
+from rae.server.worker_state import WorkerState
 
 ServedSolver = Literal["euler"]
 RANDOM_SEEDS = 2**32  # short enough to type again

@@ -8,65 +8,22 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 from rae.server import messages
 from rae.server.errors import ApiError, DeadlineError, NotReadyError, WorkerDiedError
-from rae.server.request import Generated, ImageSpec, Priority
+from rae.server.request import Generated
+from rae.server.ticket import Ticket
+from rae.server.worker_state import WorkerState
 
-State = Literal["starting", "ready", "dying", "dead", "given up"]
-
-START_S = 1800.0
-"""For a worker's start. XL takes 2 minutes where it is compiled; a network's disk may take more."""
-SILENT_START_S = 300.0
-"""That nothing may be heard of a start: torch's libraries load with Python's lock held."""
 USUAL_START_S = 5.0
-SHORT_LIFE_S = 10.0
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
-STARTS = 5
-"""Times that a worker may fail to start, one after the other."""
 DEATHS = 3
 """At which a request is given up that waits, in a worker or in line; one that has started is at its
 own second. Its client would give up, too: where each death costs 16 s, 10 of 10,000 requests waited
 for more than a minute while those in line were spared."""
-EXPECTED_STEPS = 10
-"""A step hangs when it takes so many times what was expected, and the time that is allowed."""
 SMOOTHING = 0.1
 ORPHAN_S = 30.0
 """That a request waits for a worker to be ready after its own has died."""
-
-
-@dataclass(eq=False, kw_only=True)
-class Ticket:
-    """A request on its way through the workers. `deadline` is of the times that are given."""
-
-    id: int
-    request_id: str
-    specs: list[ImageSpec]
-    client: str = ""
-    weight: float = 1.0
-    priority: Priority = "normal"
-    submitted_at: float = 0.0
-    deadline: float = math.inf
-    is_accepted: bool = False
-    is_started: bool = False
-    is_suspect: bool = False
-    """Its worker died when it was running: it may have been the reason."""
-    deaths: int = 0
-    orphaned_at: float = 0.0
-
-    def message(self, now: float) -> messages.Submit:
-        return messages.Submit(
-            ticket=self.id,
-            request_id=self.request_id,
-            specs=self.specs,
-            client=self.client,
-            weight=self.weight,
-            priority=self.priority,
-            deadline_s=self.deadline - now,
-            bounded=not self.is_accepted,
-        )
 
 
 class World(Protocol):
@@ -80,41 +37,6 @@ class World(Protocol):
     def end(self, ticket: Ticket, result: Generated | ApiError) -> None: ...
     def retried(self, ticket: Ticket) -> None: ...
     def recovered(self, seconds: float) -> None: ...
-
-
-@dataclass(eq=False)
-class WorkerState:
-    """One worker as seen from here."""
-
-    index: int
-    state: State = "dead"
-    reason: str = "no worker was started yet"
-    """Why it is not ready."""
-    failure: str = ""
-    """What ends it, where that is known before it has ended."""
-    detail: str = ""
-    """The same for whoever started the server, with paths."""
-    tickets: dict[int, Ticket] = field(default_factory=dict)
-    suspect: Ticket | None = None
-    facts: messages.Facts | None = None
-    beat: messages.Beat = field(default_factory=messages.Beat)
-    unseen_cost: float = 0.0
-    """Sent since the last beat; what is not accepted yet is taken for a usual request."""
-    spawned_at: float = 0.0
-    heard_at: float = 0.0
-    ready_at: float | None = None
-    died_at: float | None = None
-    start_at: float = 0.0
-    start_s: float | None = None
-    """How long the last start took, if one has succeeded."""
-    has_served: bool = False
-    failed_starts: int = 0
-    short_lives: int = 0
-    restarts: int = 0
-
-    @property
-    def load_s(self) -> float:
-        return self.beat.drain_s + self.unseen_cost / self.beat.rows_per_s
 
 
 class Supervisor:
@@ -182,15 +104,11 @@ class Supervisor:
             case messages.Facts():
                 worker.facts = message
                 if worker.state == "starting":
-                    self._is_ready(worker, now)
-            case messages.Failed(reason, detail, is_permanent):
-                worker.failure, worker.detail = reason, detail
-                if is_permanent and worker.start_s is None:
-                    worker.failed_starts = STARTS
+                    self._welcome(worker, now)
+            case messages.Failed():
+                worker.fail(message)
             case messages.Beat():
-                worker.beat, worker.unseen_cost = message, 0.0
-                if worker.state == "starting":
-                    worker.reason = message.progress
+                worker.report(message)
             case messages.Accepted(id, cost):
                 if id in worker.tickets:
                     worker.unseen_cost = max(0.0, worker.unseen_cost + cost - self._usual_cost)
@@ -208,12 +126,9 @@ class Supervisor:
         """A worker's process has ended, and all that it held is free."""
         worker = self.workers[index]
         self._see_ready(now)
-        worker.state, worker.reason = "dead", worker.failure or reason
-        worker.beat, worker.unseen_cost = messages.Beat(), 0.0
-        if worker.died_at is None:
-            worker.died_at = now
+        worker.die(reason, now)
         if not self._closing:
-            self._plan_start(worker, now)
+            worker.plan_start(now)
         tickets, worker.tickets, worker.suspect = worker.tickets, {}, None
         if worker.ready_at is not None:
             self._count_death_in_line()
@@ -331,46 +246,18 @@ class Supervisor:
 
     def _start(self, worker: WorkerState, now: float) -> None:
         if worker.died_at is not None:
-            worker.restarts += 1
             self._world.restarted()
-        worker.state, worker.reason = "starting", "the worker is starting"
-        worker.failure = worker.detail = ""
-        worker.spawned_at = worker.heard_at = now
-        worker.ready_at = None
+        worker.start(now)
         self._world.spawn(worker.index)
 
-    def _is_ready(self, worker: WorkerState, now: float) -> None:
-        worker.state, worker.reason = "ready", ""
-        worker.ready_at, worker.start_s = now, now - worker.spawned_at
-        worker.has_served, worker.failed_starts = False, 0
+    def _watch(self, worker: WorkerState, now: float) -> None:
+        reason = worker.hanging(now, self._hang_s)
+        if reason is not None:
+            worker.condemn(reason)
+            self._world.kill(worker.index)
+
+    def _welcome(self, worker: WorkerState, now: float) -> None:
         if worker.died_at is not None:
             self._world.recovered(now - worker.died_at)
-            worker.died_at = None
+        worker.become_ready(now)
         self._dispatch(now)
-
-    def _plan_start(self, worker: WorkerState, now: float) -> None:
-        """When, if at all: later and later for one that cannot start, or dies without service."""
-        if worker.ready_at is None:
-            worker.failed_starts += 1
-            count = worker.failed_starts
-        else:
-            lived = worker.has_served or now - worker.ready_at > SHORT_LIFE_S
-            worker.short_lives = count = 0 if lived else worker.short_lives + 1
-        if worker.failed_starts >= STARTS:
-            worker.state = "given up"
-        delay_s = FIRST_DELAY_S * 2 ** min(count - 1, 16) if count else 0.0
-        worker.start_at = now + min(delay_s, LONGEST_DELAY_S)
-
-    def _watch(self, worker: WorkerState, now: float) -> None:
-        beat = worker.beat
-        silent_s = self._hang_s if worker.state == "ready" else max(self._hang_s, SILENT_START_S)
-        if now - worker.heard_at > silent_s:
-            reason = f"the worker said nothing for {silent_s:.0f} s"
-        elif beat.busy_s > self._hang_s + EXPECTED_STEPS * beat.expected_s:
-            reason = f"a step did not end in {beat.busy_s:.0f} s"
-        elif worker.state == "starting" and now - worker.spawned_at > START_S:
-            reason = f"the worker was not ready in {START_S:.0f} s"
-        else:
-            return
-        worker.state, worker.reason, worker.failure = "dying", reason, reason
-        self._world.kill(worker.index)

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -71,7 +70,6 @@ class Worker:
         self._requests: dict[int, Request] = {}
         self._relay = Relay()
         self._engine: Engine | None = None
-        self._num_parameters: Mapping[str, int] = {}
 
     def run(self) -> None:
         try:
@@ -97,7 +95,6 @@ class Worker:
             self._send(messages.Hello(num_devices))
             share_cores(start.num_workers or num_devices)
             checkpoint = load_checkpoint(start.folder, keep_bf16=True)
-            self._num_parameters = checkpoint.num_parameters
             return Engine(checkpoint, start.settings, self._relay, local_rank=start.index)
         except (ValueError, OSError) as error:
             self._give_up("the model could not be loaded", str(error), is_permanent=True)
@@ -169,20 +166,9 @@ class Worker:
                 continue
             if engine.failure:
                 self._give_up(engine.failure, engine.failure_detail)
-            if engine.ready and facts != (facts := self._facts(engine)):
+            if engine.ready and facts != (facts := engine.facts()):
                 self._send(facts)
             self._send(self._beat(engine))
-
-    def _facts(self, engine: Engine) -> messages.Facts:
-        return messages.Facts(
-            device=engine.device,
-            precision=engine.precision,
-            layers=engine.layers,
-            compiles=engine.compiles,
-            num_slots=engine.num_slots,
-            num_parameters=self._num_parameters,
-            implementations=engine.implementations,
-        )
 
     def _beat(self, engine: Engine) -> messages.Beat:
         busy_s, expected_s = engine.activity()

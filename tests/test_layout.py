@@ -49,6 +49,7 @@ MAY_TOUCH_TENSORS = {
         "devices",
         "evaluation",
         "graphs",
+        "in_flight",
         "memory",
         "runner",
         "warm_up",

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from rae.models.checkpoint_config import read_config
-from rae.server.errors import add_error_handlers
+from rae.server.error_responses import add_error_handlers
 from rae.server.open_inference import INPUTS, OpenInference
 from rae.server.schemas import GenerateRequest
 from rae.server.settings import server_version

@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 
 from rae.server import pool as pool_module
-from rae.server import supervisor
+from rae.server import worker_state
 from rae.server.metrics import Metrics
 from rae.server.pool import Pool, ending
 from rae.server.serve_settings import ServeSettings
@@ -214,7 +214,7 @@ def test_a_worker_that_never_starts_is_given_up() -> None:
 def test_a_worker_whose_socket_is_held_by_its_child_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(supervisor, "SILENT_START_S", 1.0)
+    monkeypatch.setattr(worker_state, "SILENT_START_S", 1.0)
     script = "import os, time; os.fork() or time.sleep(30); os.abort()"
     command = (sys.executable, "-c", script)
     pool = asyncio.run(life(command, lambda pool: pool.workers[0].restarts == 1))
@@ -224,7 +224,7 @@ def test_a_worker_whose_socket_is_held_by_its_child_is_replaced(
 def test_a_worker_that_the_system_cannot_end_holds_nobody_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(supervisor, "SILENT_START_S", 1.0)
+    monkeypatch.setattr(worker_state, "SILENT_START_S", 1.0)
     monkeypatch.setattr(pool_module, "END_S", 1.0)
     immortal: list[subprocess.Popen[bytes]] = []
     monkeypatch.setattr(subprocess.Popen, "kill", lambda process: immortal.append(process))

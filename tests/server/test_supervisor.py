@@ -29,15 +29,13 @@ from rae.server.errors import (
     WorkerDiedError,
 )
 from rae.server.request import Generated, ImageSpec
-from rae.server.supervisor import (
-    DEATHS,
+from rae.server.supervisor import DEATHS, ORPHAN_S, Supervisor
+from rae.server.ticket import Ticket
+from rae.server.worker_state import (
     LONGEST_DELAY_S,
-    ORPHAN_S,
     SILENT_START_S,
     START_S,
     STARTS,
-    Supervisor,
-    Ticket,
     WorkerState,
 )
 
