@@ -51,11 +51,12 @@ budget=${BUDGET:-86400}
 upstream=(${UPSTREAM:+--upstream "$UPSTREAM"})
 checkpoints=${CHECKPOINTS:-${TMPDIR:-/tmp}/rae-benchmarks}
 xl=DiTDH-XL-256 xl512=DiTDH-XL-512 small=() http=(--steps 50 --batch 32) profile=() step=()
-workers=1
+forward=(--batch 32) workers=1
 if [[ $device == cpu ]]; then
     xl=digits xl512=digits small=(--steps 4 --turns 1 --batch 2) profile=(--batch 2)
     http=(--steps 4 --batch 2 --turns 1)
     step=(--model DiTDH-S-256 --batch 1 --turns 1 --kernels auto --kernels reference)
+    forward=(--model DiTDH-S-256 --batch 1 --turns 1)
 fi
 mkdir -p "$out" .typecheck/rae
 for room in server kernels models training; do ln -sfn "../../$room" ".typecheck/rae/$room"; done
@@ -160,7 +161,7 @@ part() {
         ;;
     forward)
         [[ -z ${UPSTREAM:-} ]] || run 240 forward "$python" benchmarks/forward.py "${upstream[@]}" \
-            --device "$device" --batch 32 --json "$out/forward.json"
+            --device "$device" "${forward[@]}" --json "$out/forward.json"
         ;;
     http)
         run 300 http "$python" benchmarks/over_http.py --device "$device" --model "$xl" \
