@@ -86,7 +86,7 @@ def joined(device: str = "auto") -> Iterator[World]:
         dist.destroy_process_group()
         if not is_cuda:
             # A thread of gloo's drops the tensors of the last collective a moment after it is over,
-            # and takes the GIL for it. If Python ends first, the process aborts: 1 of 26 did.
+            # and takes the GIL for it. If Python ends first, the process aborts: 2 of 66 did.
             time.sleep(0.2)
 
 
