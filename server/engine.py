@@ -17,7 +17,7 @@ from rae.server.devices import DeviceUse, device_use, resolve_device
 from rae.server.errors import DeadlineError, EngineClosedError, GenerationError, QueueFullError
 from rae.server.in_flight import StepTiming
 from rae.server.memory import NoMemoryError
-from rae.server.messages import Facts
+from rae.server.messages import Facts, Load
 from rae.server.request import Generated, ImageSpec, Priority, Request, Sample
 from rae.server.runner import Decoding, Runner, RunnerOptions
 from rae.server.scheduler import Scheduler
@@ -90,27 +90,6 @@ class Engine:
     def num_slots(self) -> int:
         return self._runner.num_slots
 
-    @property
-    def waiting(self) -> int:
-        with self._wake:
-            return self._scheduler.num_waiting
-
-    @property
-    def running(self) -> int:
-        return len(self._scheduler.running)
-
-    @property
-    def queued_cost(self) -> float:
-        """Rows of the model still to evaluate, for everything accepted."""
-        with self._wake:
-            return self._scheduler.cost
-
-    @property
-    def max_rows(self) -> int:
-        """Of the model in a step: what was asked for, or less where that did not fit into the
-        memory."""
-        return self._scheduler.max_rows
-
     def facts(self) -> Facts:
         """What runs here."""
         runner = self._runner
@@ -129,12 +108,18 @@ class Engine:
         where that is not known; zeros where nothing runs, and in the warm-up."""
         return self._activity.longest()
 
-    def load(self) -> tuple[float, float]:
-        """Seconds until all that was accepted is done, and rows a second in full steps."""
+    def load(self) -> Load:
+        """What there is to do, at one moment."""
         with self._wake:
             scheduler = self._scheduler
-            drain_s = scheduler.drain_s(scheduler.cost)
-            return drain_s, scheduler.step_times.rate(scheduler.max_rows)
+            return Load(
+                waiting=scheduler.num_waiting,
+                running=len(scheduler.running),
+                queued_cost=scheduler.cost,
+                max_rows=scheduler.max_rows,
+                drain_s=scheduler.drain_s(scheduler.cost),
+                rows_per_s=scheduler.step_times.rate(scheduler.max_rows),
+            )
 
     def use(self) -> DeviceUse | None:
         """What of the device is in use; None where that is not known."""
@@ -286,7 +271,7 @@ class Engine:
         if smaller is not None:
             with self._wake:
                 self._scheduler.max_rows = min(self._scheduler.max_rows, smaller.largest)
-            log.warning("from now on a step has at most %d rows", self.max_rows)
+            log.warning("from now on a step has at most %d rows", self._scheduler.max_rows)
 
     def _expected_s(self, stage: Stage, samples: Sequence[Sample]) -> float:
         """0 where no such thing was measured yet."""
@@ -414,7 +399,7 @@ class Engine:
         step_times = warm_up(self._runner, say, remembered(self._step_times_file))
         with self._wake:
             self._scheduler.step_times = step_times
-            self._scheduler.max_rows = min(self.max_rows, self._runner.buckets.largest)
+            self._scheduler.max_rows = min(self._scheduler.max_rows, self._runner.buckets.largest)
         started = time.perf_counter()
         self._runner.decode([0]).images()
         self._image_s = time.perf_counter() - started

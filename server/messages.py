@@ -12,6 +12,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rae.server.errors import ApiError
 from rae.server.request import Generated, ImageSpec, Priority
@@ -117,23 +118,34 @@ class Refused:
     error: ApiError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Beat:
-    """How a worker is, some times a second.
+class Load(NamedTuple):
+    """What an engine has to do, at one moment.
 
-    `busy_s` since the step in progress began, which should take `expected_s`; `drain_s` for what is
-    queued, at `rows_per_s`. `observations` are calls of an Observer.
+    Images that wait, and that run; rows of the model to evaluate for all of them; how many rows a
+    step may have: what was asked for, or less where that did not fit into the memory; seconds until
+    all is done; rows a second in full steps.
     """
 
-    progress: str = ""
     waiting: int = 0
     running: int = 0
     queued_cost: float = 0.0
     max_rows: int = 0
-    busy_s: float = 0.0
-    expected_s: float = 0.0
     drain_s: float = 0.0
     rows_per_s: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """How a worker is, some times a second.
+
+    `busy_s` since the step in progress began, which should take `expected_s`. `observations` are
+    calls of an Observer; `load` is none older than they are.
+    """
+
+    progress: str = ""
+    load: Load = Load()
+    busy_s: float = 0.0
+    expected_s: float = 0.0
     use: tuple[int, int, float | None] | None = None
     """Of the device: bytes used, bytes there are, watts."""
     observations: Sequence[tuple[str, tuple[float, ...]]] = ()

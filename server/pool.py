@@ -93,19 +93,19 @@ class Pool:
 
     @property
     def waiting(self) -> int:
-        return sum(worker.beat.waiting for worker in self.workers)
+        return sum(worker.beat.load.waiting for worker in self.workers)
 
     @property
     def running(self) -> int:
-        return sum(worker.beat.running for worker in self.workers)
+        return sum(worker.beat.load.running for worker in self.workers)
 
     @property
     def queued_cost(self) -> float:
-        return sum(worker.beat.queued_cost for worker in self.workers)
+        return sum(worker.beat.load.queued_cost for worker in self.workers)
 
     @property
     def max_rows(self) -> int:
-        return sum(worker.beat.max_rows for worker in self.workers)
+        return sum(worker.beat.load.max_rows for worker in self.workers)
 
     @property
     def num_slots(self) -> int:

@@ -402,7 +402,7 @@ class WorkerInfo(BaseModel):
             device=facts and facts.device,
             precision=facts and facts.precision,
             slots=facts and facts.num_slots,
-            max_rows=worker.beat.max_rows,
+            max_rows=worker.beat.load.max_rows,
             compiled=facts and facts.compiles,
             layers=facts and facts.layers,
             implementations={k: list(v) for k, v in facts.implementations.items()} if facts else {},

@@ -171,20 +171,15 @@ class Worker:
             self._send(self._beat(engine))
 
     def _beat(self, engine: Engine) -> messages.Beat:
+        observations = self._relay.take()  # first: what they led to is in the load
         busy_s, expected_s = engine.activity()
-        drain_s, rows_per_s = engine.load()
         return messages.Beat(
             progress=engine.progress,
-            waiting=engine.waiting,
-            running=engine.running,
-            queued_cost=engine.queued_cost,
-            max_rows=engine.max_rows,
+            load=engine.load(),
             busy_s=busy_s,
             expected_s=expected_s,
-            drain_s=drain_s,
-            rows_per_s=rows_per_s,
             use=engine.use(),
-            observations=self._relay.take(),
+            observations=observations,
         )
 
     def _send(self, message: messages.FromWorker) -> None:

@@ -57,7 +57,7 @@ class WorkerState:
 
     @property
     def load_s(self) -> float:
-        return self.beat.drain_s + self.unseen_cost / self.beat.rows_per_s
+        return self.beat.load.drain_s + self.unseen_cost / self.beat.load.rows_per_s
 
     def start(self, now: float) -> None:
         self.restarts += self.died_at is not None

@@ -373,8 +373,11 @@ def test_a_client_that_does_not_read_is_cut_off(server: Server, url: str, is_clo
             client.sendall(GOOD)
         ended = select.poll()
         ended.register(client, 0)  # its end alone: whoever looked at the bytes would read
-        assert ended.poll(20_000)
+        ended.poll(10_000)
         with pytest.raises(ConnectionError):
+            # One reset in sixty was lost, as its sequence was beyond what this end had room for:
+            # whoever sends is told again.
+            client.sendall(b"x")
             read_all(client)
     wait_until(lambda: open_files(server[1]) <= before)
 

@@ -91,7 +91,7 @@ def solo(engine: Engine, one: ImageSpec) -> np.ndarray:
 
 def check_undisturbed(engine: Engine, requests: Sequence[Request]) -> None:
     """All bytes are those of each image alone on an engine that has recovered."""
-    assert (engine.waiting, engine.running, engine.queued_cost) == (0, 0, 0.0)
+    assert engine.load()[:3] == (0, 0, 0.0)
     assert sorted(engine._scheduler._free) == list(range(engine.num_slots))
     assert engine.activity() == (0.0, 0.0)
     for request in requests:
@@ -181,7 +181,7 @@ def test_only_the_culprits_request_fails(
     expected = f"a {stage} failed (RuntimeError); the server's log says where"
     assert failure(bad) == (stage, expected)
     check_undisturbed(engine, [*before, after])
-    assert engine.max_rows == max_batch
+    assert engine.load().max_rows == max_batch
 
 
 def test_the_loop_goes_on_after_a_fault(
@@ -238,7 +238,7 @@ def test_steps_shrink_until_they_fit(
     tried.clear()
     step_until_done(engine, requests)
     largest = 4 if graphs else 6
-    assert (engine.max_rows, max(tried)) == (largest, largest), "no more is tried again"
+    assert (engine.load().max_rows, max(tried)) == (largest, largest), "no more is tried again"
     assert f"from now on a step has at most {largest} rows" in caplog.messages
     check_undisturbed(engine, requests)
 
@@ -264,7 +264,7 @@ def test_decodings_shrink_until_they_fit(
     assert tried[0] == (16 if graphs else 12)
     assert set(tried[count:]) == {largest}, "no more is tried again"
     assert f"from now on at most {largest} images are decoded at a time" in caplog.messages
-    assert engine.max_rows == 32
+    assert engine.load().max_rows == 32
     check_undisturbed(engine, [*requests, *again])
 
 

@@ -142,6 +142,7 @@ def test_real_requests_add_up(
         assert client.post("/generate", json={**asked, "seed": 666}).status_code == 500
         wait_until(lambda: scrape(client)["rae_queue_seconds_count"] == 3)
         wait_until(lambda: scrape(client)["rae_decode_seconds_count"] == 2)  # one too late
+        wait_until(lambda: scrape(client)["rae_running_images"] == 0)  # by the next beat
         samples = scrape(client)
     ended = {"done": 1, "failed": 1, "expired": 1, "cancelled": 0}
     expected = ended | dict.fromkeys(REFUSED, 0) | {"invalid": 1, "refused_deadline": 1}

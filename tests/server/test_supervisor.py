@@ -55,6 +55,10 @@ IMAGES = Generated(images=[], queue_s=0.0, denoise_s=0.0, decode_s=0.0)
 SPEC = ImageSpec(class_label=0, seed=0, steps=2)
 
 
+def loaded(drain_s: float = 0.0, rows_per_s: float = 1.0) -> messages.Beat:
+    return messages.Beat(load=messages.Load(drain_s=drain_s, rows_per_s=rows_per_s))
+
+
 @dataclass
 class Fakes:
     """Workers that do nothing by themselves: what was sent to each, and what was decided."""
@@ -183,7 +187,7 @@ def test_the_least_loaded_worker_gets_the_next_request() -> None:
     house = House(num_workers=2)
     for index, drain_s in enumerate((2.0, 1.0)):
         house.hear(FACTS, index)
-        house.hear(messages.Beat(drain_s=drain_s, rows_per_s=10.0), index)
+        house.hear(loaded(drain_s=drain_s, rows_per_s=10.0), index)
     first = house.submit()
     house.hear(messages.Accepted(first.id, 15.0), 1)  # 1.5 s more
     second = house.submit()
@@ -194,12 +198,12 @@ def test_a_beat_counts_what_was_sent_before_it() -> None:
     house = House(num_workers=2)
     for index in range(2):
         house.hear(FACTS, index)
-        house.hear(messages.Beat(rows_per_s=10.0), index)
+        house.hear(loaded(rows_per_s=10.0), index)
     for _ in range(4):
         ticket = house.submit()
         (index,) = [w.index for w in house.workers if ticket.id in w.tickets]
         house.hear(messages.Accepted(ticket.id, 100.0), index)
-        house.hear(messages.Beat(rows_per_s=10.0, drain_s=float(index == 0)), index)
+        house.hear(loaded(rows_per_s=10.0, drain_s=float(index == 0)), index)
     # With nothing unseen only the first worker's second is between them.
     assert len(house.submitted(1)) >= 3
 
@@ -220,7 +224,7 @@ def test_requests_that_come_together_are_shared() -> None:
     house = House(num_workers=2)
     for index in range(2):
         house.hear(FACTS, index)
-        house.hear(messages.Beat(rows_per_s=10.0), index)
+        house.hear(loaded(rows_per_s=10.0), index)
     tickets = [house.submit() for _ in range(6)]  # before any of them is accepted
     assert house.submitted(0) == [ticket.id for ticket in tickets[::2]]
     assert house.submitted(1) == [ticket.id for ticket in tickets[1::2]]
@@ -504,7 +508,7 @@ class Supervised(RuleBasedStateMachine):
             return
         held = self.held(index)
         if not held:
-            house.hear(messages.Beat(drain_s=data.draw(st.floats(0, 5))), index)
+            house.hear(loaded(drain_s=data.draw(st.floats(0, 5))), index)
             return
         ticket = data.draw(st.sampled_from(held))
         kinds = ["accepted", "started", "done"] + ["refused"] * (not ticket.is_accepted)
