@@ -25,7 +25,7 @@ serve: .venv/.installed
 
 # `python -m pytest` would put this folder, and so a namespace package `models`, on sys.path.
 test: .venv/.installed
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(or $(ARGS),-n 2 --dist loadfile)
 
 # The published models at their true size, and the Dockerfile's steps.
 test-slow: .venv/.installed
